@@ -1,0 +1,20 @@
+"""Callbacks observe or post-process; the loss is right without any of them."""
+
+from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.csv_history import CSVHistory
+from callbacks.gradient_magnitude import GradientMagnitudeLogger
+from callbacks.operating_points import OperatingPoints
+from callbacks.predictions import PredictionWriter
+from callbacks.survival_probability import SurvivalProbabilityLogger
+from callbacks.throughput import ThroughputMonitor
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CSVHistory",
+    "GradientMagnitudeLogger",
+    "OperatingPoints",
+    "PredictionWriter",
+    "RunCheckpoint",
+    "SurvivalProbabilityLogger",
+    "ThroughputMonitor",
+]

@@ -1,0 +1,15 @@
+"""One method per file: the training step, and how the trained network is evaluated."""
+
+from lightning_modules.base import FULL, ImageClassifier
+from lightning_modules.resnet import LitResNet
+from lightning_modules.schedules import WarmupMultiStepLR
+from lightning_modules.stochastic_depth import LitStochasticDepth, survival_probabilities
+
+__all__ = [
+    "FULL",
+    "ImageClassifier",
+    "LitResNet",
+    "LitStochasticDepth",
+    "WarmupMultiStepLR",
+    "survival_probabilities",
+]

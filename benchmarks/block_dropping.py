@@ -1,0 +1,129 @@
+"""Claim: a training step with stochastic depth takes at most 0.80 of the time of constant depth.
+
+    python -m benchmarks.block_dropping
+
+Full steps (forward, loss, backward, SGD) of CifarResNet-110 with linear decay to 0.5. It expects 0.745 of the
+blocks, which bounds what can be saved. The alternative, `torchvision.ops.stochastic_depth`, computes each
+branch and multiplies it by 0: it saves nothing, whether per batch or per row. Contenders take turns and the
+table shows medians over the rounds. Gates are drawn as in training, with no trick to even them out, so compare
+the share of blocks that was drawn with the expected one. Random images; a GPU is used if there is one.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
+
+from benchmarks.timing import best_device, describe_machine, median_seconds
+from chance import generator
+from networks import CifarResNet
+
+FINAL_SURVIVAL_PROB = 0.5
+CLAIM = 0.80
+
+
+class TorchvisionStochasticDepth(nn.Module):
+    """The same network with torchvision's function on its residual branches, as in torchvision's models."""
+
+    def __init__(self, network: CifarResNet, survival_probs: Tensor, mode: str):
+        super().__init__()
+        self.network = network
+        self.drop_probs = (1 - survival_probs).tolist()
+        self.mode = mode
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.network.stem(images)
+        for block, drop_prob in zip(self.network.blocks, self.drop_probs, strict=True):
+            shortcut = x if block.downsample is None else block.downsample(x)
+            branch = stochastic_depth(block.residual(x), drop_prob, self.mode)
+            x = F.relu(shortcut + branch, inplace=True)
+        return self.network.head(x)
+
+
+class GatedDepth(nn.Module):
+    """Our network with the gates of one step after the other; remembers the share that was open."""
+
+    def __init__(self, network: CifarResNet, survival_probs: Tensor, mode: str):
+        super().__init__()
+        self.network = network
+        self.survival_probs = survival_probs
+        self.mode = mode
+        self.open_shares: list[float] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        probs = self.survival_probs
+        if self.mode == "row":
+            probs = probs.unsqueeze(1).expand(-1, len(images))
+        step = len(self.open_shares)
+        gates = (torch.rand(probs.shape, generator=generator("gates", 0, step)) < probs).float()
+        self.open_shares.append(gates.mean().item())
+        return self.network(images, gates)
+
+
+def training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[int], None]:
+    """Returns a function that takes one step of SGD on the same batch, whatever its argument."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
+
+    def step(_: int) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        # As in the paper's code, closed blocks still get momentum and weight decay.
+        for parameter in network.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=110)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = best_device()
+
+    torch.manual_seed(0)
+    base = CifarResNet(options.depth, shortcut="A-average").to(device)
+    images = torch.randn(options.batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(10, (options.batch_size,), device=device)
+    depths = torch.arange(1, base.num_blocks + 1) / base.num_blocks
+    probs = 1 - depths * (1 - FINAL_SURVIVAL_PROB)
+
+    networks = {
+        "constant depth": copy.deepcopy(base),
+        "per batch, ours": GatedDepth(copy.deepcopy(base), probs, "batch"),
+        "per batch, torchvision": TorchvisionStochasticDepth(copy.deepcopy(base), probs, "batch"),
+        "per row, ours": GatedDepth(copy.deepcopy(base), probs, "row"),
+        "per row, torchvision": TorchvisionStochasticDepth(copy.deepcopy(base), probs, "row"),
+    }
+    steps = {name: training_step(net, images, labels) for name, net in networks.items()}
+    seconds = median_seconds(steps, options.rounds, device)
+
+    print(describe_machine(device))
+    print(
+        f"CifarResNet-{options.depth}, batch {options.batch_size}, {options.rounds} rounds;"
+        f" expected share of blocks: {probs.mean():.3f}"
+    )
+    print(f"{'':<24}{'s / step':>10}{'ratio':>10}{'blocks run':>12}")
+    for name, network in networks.items():
+        share = 1.0
+        if isinstance(network, GatedDepth):
+            timed = network.open_shares[-options.rounds :]
+            share = sum(timed) / len(timed)
+        ratio = seconds[name] / seconds["constant depth"]
+        print(f"{name:<24}{seconds[name]:>10.4f}{ratio:>10.3f}{share:>12.3f}")
+    print(f"claim: ours at most {CLAIM:.2f} of constant depth")
+
+
+if __name__ == "__main__":
+    main()

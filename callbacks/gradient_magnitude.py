@@ -1,0 +1,41 @@
+"""How much gradient reaches the first layer: figure 7 of the Stochastic Depth paper."""
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class GradientMagnitudeLogger(Callback):
+    """Logs `gradients/first_conv` every epoch: mean |gradient| of the first convolution over the steps.
+
+    Reads of the module: `net`.
+    """
+
+    def __init__(self) -> None:
+        self.total: float | Tensor = 0.0
+        self.num_steps = 0
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        first = next(module for module in pl_module.net.modules() if isinstance(module, nn.Conv2d))
+        # A tensor: reading it every step would make an accelerator wait.
+        self.total = self.total + first.weight.grad.abs().mean()
+        self.num_steps += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {
+            "gradients/first_conv": float(self.total) / max(1, self.num_steps),
+            "epoch": trainer.current_epoch,
+        }
+        self.total, self.num_steps = 0.0, 0
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": float(self.total), "num_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)

@@ -1,0 +1,162 @@
+"""What all data modules share: arguments, order, ranks, and where a resumed run goes on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+from datamodules.order import evaluation_batches, num_training_batches, training_batches
+
+Split = Literal["train", "val", "test", "predict"]
+Batch = Sequence[Tensor]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message`, which names the mistake and its remedy."""
+    if not condition:
+        raise ValueError(message)
+
+
+class EpochLoader:
+    """A sized iterable of batches; every `iter` asks `batches` anew.
+
+    It is not a torch DataLoader on purpose: Lightning rebuilds those with samplers of its own, and ours
+    already know ranks, epochs and where to resume.
+    """
+
+    def __init__(self, num_batches: int, batches: Callable[[], Iterator[Batch]]):
+        self._num_batches = num_batches
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator on purpose: `batches` looks up the trainer's progress when the first batch is asked for.
+        # Lightning calls iter() up to twice before that, when a resumed trainer still holds the counters of
+        # the checkpoint, which may be those of an epoch that was complete.
+        yield from self._batches()
+
+    def state_dict(self) -> dict:
+        """Nothing: the position is the trainer's own progress. This tells Lightning that we can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Nothing to do, see `state_dict`."""
+
+
+class ImageDataModule(LightningDataModule):
+    """Labelled images. Steps receive ``(images, labels)``: float32 (N, C, H, W) and int64 (N,).
+
+    The order is a function of (seed, epoch), see `datamodules.order`, and so is the augmentation. A loader
+    has the length of the full epoch, and its iterator starts at the batch that the trainer has reached.
+
+    Subclasses define the four attributes and `num_samples`, `load_train`, `load_eval`.
+
+    Args:
+        batch_size: training images per process.
+        eval_batch_size: images per process in validation, test and prediction.
+        seed: keys order and augmentation; the seed of the run.
+        drop_last: leave out the last training batch of an epoch when it is not full.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    num_classes: int
+    class_names: list[str]
+    image_shape: tuple[int, int, int]
+    """(C, H, W) of what the steps receive."""
+
+    def __init__(self, batch_size: int, eval_batch_size: int, seed: int, drop_last: bool):
+        super().__init__()
+        require(batch_size >= 1, f"batch_size is {batch_size}: give at least 1")
+        require(eval_batch_size >= 1, f"eval_batch_size is {eval_batch_size}: give at least 1")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.drop_last = drop_last
+
+    def num_samples(self, split: Split) -> int:
+        """Returns the number of images of a split, over all ranks."""
+        raise NotImplementedError
+
+    def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        """Yields one loaded batch for each tensor of sample indices."""
+        raise NotImplementedError
+
+    def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
+        """Yields one loaded batch, not augmented, for each tensor of sample indices."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def num_train_batches(self) -> int:
+        """Batches of a full training epoch on this rank."""
+        return num_training_batches(
+            self.num_samples("train"), self.batch_size, self.world_size, self.drop_last
+        )
+
+    def check_batch_size(self) -> None:
+        """For the end of `setup`.
+
+        Raises:
+            ValueError: the training split does not fill one batch on every process.
+        """
+        per_step = self.batch_size * self.world_size
+        require(
+            per_step <= self.num_samples("train"),
+            f"batch_size {self.batch_size} on {self.world_size} process(es) asks for {per_step} images per "
+            f"step, but the training split has {self.num_samples('train')}: lower batch_size",
+        )
+
+    def train_position(self) -> tuple[int, int]:
+        """Returns the epoch and the batch in it that training comes to next.
+
+        Both are the trainer's own progress, which its checkpoints hold, so nothing is saved here.
+        """
+        if self.trainer is None:
+            return 0, 0
+        num_done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self.trainer.current_epoch, num_done % self.num_train_batches
+
+    def train_epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """Yields this rank's batches of an epoch, before they are moved to the device."""
+        batches = training_batches(
+            self.num_samples("train"),
+            self.batch_size,
+            self.seed,
+            epoch,
+            self.rank,
+            self.world_size,
+            self.drop_last,
+        )
+        return self.load_train(batches[first_batch:], epoch)
+
+    def train_dataloader(self) -> EpochLoader:
+        return EpochLoader(
+            self.num_train_batches, lambda: self.train_epoch(*self.train_position())
+        )
+
+    def val_dataloader(self) -> EpochLoader | list:
+        return self._eval_loader("val") if self.num_samples("val") else []
+
+    def test_dataloader(self) -> EpochLoader:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> EpochLoader:
+        return self._eval_loader("predict")
+
+    def _eval_loader(self, split: Split) -> EpochLoader:
+        batches = evaluation_batches(
+            self.num_samples(split), self.eval_batch_size, self.rank, self.world_size
+        )
+        return EpochLoader(len(batches), lambda: self.load_eval(batches, split))

@@ -1,0 +1,134 @@
+"""Data sets that fit into memory as bytes: a batch is one `index_select`, augmented on the device."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chance import generator
+from datamodules.augmentation import BatchTransform, draw_views
+from datamodules.base import Batch, ImageDataModule, Split, require
+from datamodules.normalization import Normalization, statistics
+
+
+class LabelledImages(NamedTuple):
+    images: Tensor
+    """uint8 (N, C, H, W)."""
+    labels: Tensor
+    """int64 (N,)."""
+
+
+class InMemoryDataModule(ImageDataModule):
+    """Holds all images as uint8. Subclasses define `read` and may replace `split` and `statistics`.
+
+    Its loaders yield bytes, ``(images, labels[, views])``; `on_after_batch_transfer` augments (in training) and
+    normalises a whole batch on the device.
+
+    Args:
+        val_size: images held out from the training set; 0 trains on all of it and there is no validation.
+        split_seed: keys the split, which is thereby the same for every run and every `seed`.
+        normalization: see `datamodules.normalization`; computed from the training split alone.
+        crop_padding: zeros on each side before a random crop of the original size, in pixels; 0: no crop.
+        horizontal_flip: flip half of the training images.
+        batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        val_size: int,
+        split_seed: int,
+        seed: int,
+        normalization: Normalization,
+        crop_padding: int,
+        horizontal_flip: bool,
+        drop_last: bool,
+    ):
+        super().__init__(batch_size, eval_batch_size, seed, drop_last)
+        require(val_size >= 0, f"val_size is {val_size}: give 0 or a number of images")
+        require(crop_padding >= 0, f"crop_padding is {crop_padding}: give 0 or a number of pixels")
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.normalization = normalization
+        self.crop_padding = crop_padding
+        self.horizontal_flip = horizontal_flip
+        self._loaded = False
+
+    def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
+        """Returns the training images, those to be held out included, and the test images.
+
+        Args:
+            download: whether a missing data set may be fetched.
+
+        Raises:
+            FileNotFoundError: the data set is not there; says what was looked for, where, how to get it.
+            ValueError: a file is corrupt.
+        """
+        raise NotImplementedError
+
+    def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the indices of the training and of the validation split, for all training labels (N,)."""
+        order = torch.randperm(len(labels), generator=generator("split", self.split_seed))
+        return order[self.val_size :], order[: self.val_size]
+
+    def statistics(self, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean (C, H, W) and std (C, 1, 1) of the training split ``images[indices]``, in bytes."""
+        return statistics(self.normalization, images, indices)
+
+    def prepare_data(self) -> None:
+        self._load(download=True)
+
+    def setup(self, stage: str) -> None:
+        self._load(download=False)
+        self.check_batch_size()
+
+    def _load(self, download: bool) -> None:
+        if self._loaded:
+            return
+        self._train, self._test = self.read(download)
+        num_images = len(self._train.labels)
+        require(
+            self.val_size < num_images,
+            f"val_size is {self.val_size}, but there are only {num_images} training images: lower it",
+        )
+        self._train_indices, self._val_indices = self.split(self._train.labels)
+        mean, std = self.statistics(self._train.images, self._train_indices)
+        self._transform = BatchTransform(mean, std, self.crop_padding)
+        self._loaded = True
+
+    def num_samples(self, split: Split) -> int:
+        if split == "train":
+            return len(self._train_indices)
+        return len(self._val_indices) if split == "val" else len(self._test.labels)
+
+    def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        if not (self.crop_padding or self.horizontal_flip):
+            yield from self._take(self._train, self._train_indices, batches)
+            return
+        views = draw_views(
+            self.num_samples("train"), self.crop_padding, self.horizontal_flip, self.seed, epoch
+        )
+        pairs = self._take(self._train, self._train_indices, batches)
+        for batch, (images, labels) in zip(batches, pairs, strict=True):
+            yield images, labels, views.index_select(0, batch)
+
+    def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
+        if split == "val":
+            return self._take(self._train, self._val_indices, batches)
+        return self._take(self._test, torch.arange(len(self._test.labels)), batches)
+
+    @staticmethod
+    def _take(
+        pool: LabelledImages, indices: Tensor, batches: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            rows = indices.index_select(0, batch)
+            yield pool.images.index_select(0, rows), pool.labels.index_select(0, rows)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels, *views = batch
+        if self._transform.shift.device != images.device:
+            self._transform.to(images.device)
+        return self._transform(images, *views), labels

@@ -1,0 +1,221 @@
+"""What every method shares: optimizer wiring, metrics over operating points, and seeds that follow the step."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from chance import key_to_seed
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+Batch = tuple[Tensor, Tensor]
+
+FULL = "full"
+"""Name of the operating point that is the whole network; its metrics carry no suffix."""
+
+
+def sgd(params: Iterable) -> Optimizer:
+    """The optimizer that all of the papers start from: learning rate 0.1, momentum 0.9, weight decay 1e-4."""
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+class ImageClassifier(pl.LightningModule):
+    """Base of the methods. A subclass writes `training_step`, and `operating_points` if it has several.
+
+    Args:
+        net: from images (N, C, H, W) to what the method expects; has an attribute `num_classes`.
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes the scheduler from the optimizer; None keeps the learning rate.
+        lr_interval: whether the scheduler is stepped per "epoch" or per optimizer "step".
+        seed: the run's seed; keys everything that is drawn (see `chance`).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerFactory = sgd,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.net = net
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.seed = seed
+
+        # Not persistent: they are no part of the weights. A checkpoint holds them beside the state dict.
+        self.train_loss = MeanMetric()
+        self.train_acc = MulticlassAccuracy(net.num_classes, average="micro")
+        self.eval_loss = MeanMetric()
+        self.eval_acc = nn.ModuleDict()
+
+    # --- what a method says ---------------------------------------------------------------------------
+
+    def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Returns, by name, each way to run the trained network: from images (N, C, H, W) to logits.
+
+        `FULL` is the whole network. Metrics, tables and the cost profile are made of these.
+        """
+        return {FULL: self.net}
+
+    def evaluate(self, images: Tensor) -> dict[str, Tensor]:
+        """Returns the logits (N, num_classes) of every operating point."""
+        return {name: classify(images) for name, classify in self.operating_points().items()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes) of the full network."""
+        return self.operating_points()[FULL](images)
+
+    # --- optimization ---------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.net.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "ReduceLROnPlateau depends on metrics that a resumed run no longer has: "
+                "use a schedule of the step or the epoch, such as MultiStepLR"
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval},
+        }
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout and the like draw from the global generator. Seeding it by the step, rather than saving its
+        # state, serves every rank and every device, and a checkpoint of another number of ranks.
+        key = ("train", self.seed, self.global_step, batch_idx, self.global_rank)
+        torch.manual_seed(key_to_seed(*key))
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        # Before the backward: the weights, and so the next checkpoint, are still good.
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): stopped "
+                "before it reached the weights; lower the learning rate, then start again"
+            )
+
+    # --- training metrics -----------------------------------------------------------------------------
+
+    def log_training(self, loss: Tensor, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
+        """Records one training batch; every method calls it at the end of its `training_step`.
+
+        Values go to the loggers at once, not after the batch as with `self.log`: a checkpoint that is saved
+        at the end of this batch must not be ahead of the metrics, or a resumed run would miss a row.
+        """
+        loss = loss.detach()
+        self.train_loss.update(loss, len(labels))
+        self.train_acc.update(logits.detach(), labels)
+        self.log("train/loss", loss, prog_bar=True, logger=False)
+        steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log_now({"train/loss": loss.item()}, self.global_step)
+
+    def on_train_epoch_end(self) -> None:
+        means = {
+            "train/loss_epoch": self.train_loss.compute().item(),
+            "train/acc": self.train_acc.compute().item(),
+        }
+        self.log_now(means, self.global_step - 1)
+        self.train_loss.reset()
+        self.train_acc.reset()
+
+    def log_now(self, metrics: dict[str, float], step: int) -> None:
+        """Gives metrics to every logger under a step, with the epoch."""
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=step)
+
+    # --- evaluation -----------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if data is not None and data.num_classes != self.net.num_classes:
+            raise ValueError(
+                f"the network has {self.net.num_classes} classes and the data {data.num_classes}: "
+                f"set the network's num_classes to {data.num_classes}"
+            )
+        for name in self.operating_points():
+            if name not in self.eval_acc:
+                accuracy = MulticlassAccuracy(self.net.num_classes, average="micro")
+                self.eval_acc[name] = accuracy.to(self.device)
+
+    def eval_step(self, batch: Batch) -> None:
+        images, labels = batch
+        logits = self.evaluate(images)
+        self.eval_loss.update(F.cross_entropy(logits[FULL], labels), len(labels))
+        for name, accuracy in self.eval_acc.items():
+            accuracy.update(logits[name], labels)
+
+    def log_evaluation(self, split: str) -> None:
+        self.log(f"{split}/loss", self.eval_loss.compute())
+        self.eval_loss.reset()
+        for name, accuracy in self.eval_acc.items():
+            suffix = "" if name == FULL else f"_{name}"
+            self.log(f"{split}/acc{suffix}", accuracy.compute(), prog_bar=name == FULL)
+            accuracy.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.eval_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.eval_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_evaluation("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns class probabilities, (N, num_classes)."""
+        return self(batch[0]).softmax(1)
+
+    # --- checkpoints ----------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Every rank comes here and rank 0 writes: it keeps the sums over all ranks.
+        sums = {}
+        for name in ("train_loss", "train_acc"):
+            metric = getattr(self, name)
+            with metric.sync_context(should_sync=metric.update_called):
+                sums[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+        checkpoint["train_metrics"] = sums
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_same_network(checkpoint["state_dict"])
+        if self.global_rank != 0:
+            return
+        for name, state in checkpoint.get("train_metrics", {}).items():
+            metric = getattr(self, name)
+            for key, value in state.items():
+                setattr(metric, key, value.to(metric.device))
+            metric._update_count = 1  # Otherwise the metric warns that it was never updated.
+
+    def check_same_network(self, state_dict: Mapping[str, Tensor]) -> None:
+        own = self.state_dict()
+        unlike = [
+            f"{key} is {_shape(state_dict.get(key))} there and {_shape(own.get(key))} here"
+            for key in [*own, *(key for key in state_dict if key not in own)]
+            if _shape(state_dict.get(key)) != _shape(own.get(key))
+        ]
+        if unlike:
+            raise ValueError(
+                f"the checkpoint is of another network: {len(unlike)} tensors differ ({unlike[0]}): "
+                "use the YAML it was trained with, or another run folder"
+            )
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(tuple(tensor.shape))

@@ -1,0 +1,24 @@
+"""Residual networks: He et al., Deep Residual Learning for Image Recognition (arXiv 1512.03385).
+
+    H_l = ReLU(shortcut(H_{l-1}) + residual(H_{l-1})),    loss = CE(logits, label)
+
+Differences from the released code:
+    * None in the step. The warm-up of ResNet-110 is a fixed 400 iterations; the paper's condition is a
+      training error below 80%, which it says takes about 400.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.base import Batch, ImageClassifier
+
+
+class LitResNet(ImageClassifier):
+    """Trains a network of constant depth (any network from images to logits) by cross-entropy."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels)
+        self.log_training(loss, logits, labels, batch_idx)
+        return loss

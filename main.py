@@ -1,0 +1,175 @@
+"""The entry point: from a YAML to a number.
+
+    python main.py fit -c experiments/quickstart.yaml                       train, then test once
+    python main.py fit -c experiments/... -c experiments/machines/gpu.yaml  the same on that machine
+    python main.py test -c experiments/...                                  evaluate what was trained
+
+A run lives in `runs/<method>/<yaml stem>/seed<k>` (or `--run_dir`). Repeating the command of a killed run
+goes on from its newest checkpoint; a finished run says so.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from callbacks import AtomicCheckpointIO, OperatingPoints, PredictionWriter, RunCheckpoint
+from callbacks.operating_points import print_table
+from lightning_modules import ImageClassifier
+from run_folder import RunFolder, Tracking
+
+# Mistakes of a user, each told in one line. Anything else is ours and shows its traceback.
+USER_ERRORS = (ArgumentError, MisconfigurationException, ValueError, OSError, FloatingPointError)
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI with run folders. Subcommands: fit, validate, test, predict."""
+
+    def __init__(self, args: Sequence[str] | None = None):
+        errors_raise = {"exit_on_error": False}
+        super().__init__(
+            ImageClassifier,
+            LightningDataModule,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            # The run folder keeps the config: Lightning's callback raises when a requeued job finds one.
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**errors_raise, **{name: errors_raise for name in self.subcommands()}},
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                # The loaders shard themselves, by (seed, epoch).
+                "use_distributed_sampler": False,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run (default: runs/<method>/<yaml stem>/seed<k>).",
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="Whether fit ends with one evaluation of the test set.",
+        )
+        parser.add_class_arguments(RunCheckpoint, "checkpoint")
+        parser.add_class_arguments(Tracking, "wandb")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would lay a checkpoint's hyper-parameters over an edited YAML."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        method = type(self.model).__module__.rsplit(".", 1)[-1]
+        self.run_folder = RunFolder.of(self.config[self.subcommand], method)
+        self.run_folder.create()
+        init = self.config_init[self.subcommand]
+        callbacks = [] if init.trainer.enable_progress_bar is False else [RichProgressBar()]
+        callbacks += [*(init.trainer.callbacks or []), OperatingPoints(), PredictionWriter()]
+        if self.subcommand == "fit":
+            callbacks.append(LearningRateMonitor())
+        return super().instantiate_trainer(
+            default_root_dir=str(self.run_folder.path),
+            logger=False,  # fit opens them, once it knows that there is something to train
+            plugins=[*(init.trainer.plugins or []), AtomicCheckpointIO()],
+            callbacks=[*callbacks, init.checkpoint],
+        )
+
+    @property
+    def checkpoint(self) -> RunCheckpoint:
+        return self.config_init[self.subcommand].checkpoint
+
+    def fit(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+        weights_only: bool | None,
+    ) -> None:
+        """Trains, or goes on training, then tests once."""
+        folder, trainer = self.run_folder, self.trainer
+        self._dump_config()
+        folder.check_config(self.config_dump)
+        if folder.is_finished(trainer):
+            if rank_zero_only.rank == 0:
+                print(f"finished already: {folder.path}; for another run pass --run_dir or a new seed")
+                print_table(folder.path)
+            return
+        resume_from = folder.last_checkpoint or ckpt_path
+        folder.record_attempt(self.config_dump)
+        trainer.loggers = folder.loggers(self.config_init.fit.wandb, self.config_dump)
+        trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
+        if self.config.fit.test_after_fit:
+            trainer.test(
+                model,
+                datamodule=datamodule,
+                ckpt_path=self.checkpoint.selected(trainer),
+                verbose=False,
+            )
+        folder.mark_finished(trainer)
+        if trainer.is_global_zero:
+            print(folder.describe(trainer.loggers))
+
+    def validate(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None, **how: Any
+    ) -> None:
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path))
+
+    def test(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None, **how: Any
+    ) -> None:
+        self.trainer.test(
+            model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path), verbose=False
+        )
+
+    def predict(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None, **how: Any
+    ) -> None:
+        self.trainer.predict(
+            model,
+            datamodule=datamodule,
+            ckpt_path=self.trained(ckpt_path),
+            return_predictions=False,
+        )
+
+    def trained(self, ckpt_path: str | None) -> str:
+        """Returns the checkpoint to evaluate: the given one, else the one the run's rule selects."""
+        return ckpt_path or str(self.checkpoint.selected(self.trainer))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status: 0, or 2 after a user's mistake."""
+    # Lightning's advice about worker processes: our small sets are in memory and have none.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+    # With SLURM's srun installed but not used, every Trainer would say so.
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    try:
+        ExperimentCLI(args)
+    except USER_ERRORS as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        message = " ".join(str(error).split())
+        print(f"error: {message} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

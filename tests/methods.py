@@ -1,0 +1,51 @@
+"""The settings that every generic test loops over: a row per method, small enough to train in seconds."""
+
+from copy import deepcopy
+from typing import Any
+
+SMALL_NET = {
+    "class_path": "networks.CifarResNet",
+    "init_args": {"depth": 8, "num_classes": 10, "in_channels": 1},
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "resnet": {
+        "class_path": "lightning_modules.LitResNet",
+        "init_args": {"net": SMALL_NET},
+    },
+    "stochastic_depth": {
+        "class_path": "lightning_modules.LitStochasticDepth",
+        "init_args": {"net": SMALL_NET},
+    },
+    "stochastic_depth_row": {
+        "class_path": "lightning_modules.LitStochasticDepth",
+        "init_args": {"net": SMALL_NET, "mode": "row", "rescale": True},
+    },
+}
+
+
+def config(method: str) -> dict[str, Any]:
+    """Returns a whole experiment: the method on a few batches of the digits."""
+    model = deepcopy(METHODS[method])
+    model["init_args"]["optimizer"] = {
+        "class_path": "torch.optim.SGD",
+        "init_args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4},
+    }
+    model["init_args"]["lr_scheduler"] = {
+        "class_path": "torch.optim.lr_scheduler.MultiStepLR",
+        "init_args": {"milestones": [1, 2]},
+    }
+    return {
+        "seed_everything": 7,
+        "model": model,
+        "data": {"class_path": "datamodules.DigitsDataModule", "init_args": {"batch_size": 64}},
+        "checkpoint": {"select": "best", "every_n_steps": 3},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 3,
+            "limit_train_batches": 7,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+        },
+    }

@@ -1,0 +1,195 @@
+"""Parameters and multiply-accumulates against the papers and an independent count: no tolerance."""
+
+import pytest
+import torch
+from torch import nn
+
+from networks import CifarResNet, ResNet, count_macs, count_params
+
+CIFAR_PARAMS = [  # depth, option A (and plain), option B; He et al. table 6 rounds them
+    (20, 269_722, 272_474),
+    (32, 464_154, 466_906),
+    (44, 658_586, 661_338),
+    (56, 853_018, 855_770),
+    (110, 1_727_962, 1_730_714),
+    (1202, 19_421_274, 19_424_026),
+]
+CIFAR_MACS = [(20, 40.55), (32, 68.86), (44, 97.17), (56, 125.49), (110, 252.89), (1202, 2829.24)]
+
+
+@pytest.fixture(autouse=True)
+def meta_device():
+    """Counts need no numbers, so the networks of these tests hold none."""
+    with torch.device("meta"):
+        yield
+
+
+def macs_by_module(network: nn.Module, images: torch.Tensor, **arguments) -> dict[nn.Module, int]:
+    """Counts by hooks, from the shapes of what each layer put out, and only layers that ran."""
+    macs = {}
+
+    def count(layer, inputs, output):
+        # Every output number is a dot product with one filter, or one row of the matrix.
+        macs[layer] = output.numel() * layer.weight[0].numel()
+
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    network(images, **arguments)
+    for hook in hooks:
+        hook.remove()
+    return macs
+
+
+@pytest.mark.parametrize(("depth", "params_a", "params_b"), CIFAR_PARAMS)
+def test_params_of_cifar_resnets(depth, params_a, params_b):
+    assert count_params(CifarResNet(depth)) == params_a
+    assert count_params(CifarResNet(depth, shortcut="A-average")) == params_a
+    assert count_params(CifarResNet(depth, plain=True)) == params_a
+    assert count_params(CifarResNet(depth, shortcut="B")) == params_b
+
+
+@pytest.mark.parametrize(
+    ("depth", "num_classes", "params"),
+    [(110, 10, 1_732_010), (110, 100, 1_737_860), (152, 10, 2_414_090)],
+)
+def test_params_of_the_released_stochastic_depth_networks(depth, num_classes, params):
+    network = CifarResNet(depth, num_classes, shortcut="A-average", conv_bias=True)
+    assert count_params(network) == params
+
+
+@pytest.mark.parametrize(
+    ("depth", "bottleneck", "shortcut", "params"),
+    [
+        (110, False, "A", 1_727_962),
+        (164, True, "B", 1_703_258),
+        (1001, True, "B", 10_327_706),
+    ],
+)
+def test_params_of_preactivation_resnets(depth, bottleneck, shortcut, params):
+    network = CifarResNet(depth, bottleneck=bottleneck, preactivation=True, shortcut=shortcut)
+    assert count_params(network) == params
+
+
+@pytest.mark.parametrize(
+    ("depth", "shortcut", "params"),
+    [
+        (18, "B", 11_689_512),
+        (34, "B", 21_797_672),
+        (50, "B", 25_557_032),
+        (101, "B", 44_549_160),
+        (152, "B", 60_192_808),
+        (18, "A", 11_515_688),
+        (34, "A", 21_623_848),
+        (34, "C", 22_716_840),
+    ],
+)
+def test_params_of_imagenet_resnets(depth, shortcut, params):
+    assert count_params(ResNet(depth, shortcut=shortcut)) == params
+
+
+@pytest.mark.parametrize(("depth", "params"), [(18, 11_515_688), (34, 21_623_848)])
+def test_params_of_plain_imagenet_networks(depth, params):
+    assert count_params(ResNet(depth, plain=True)) == params
+
+
+@pytest.mark.parametrize(("depth", "millions"), CIFAR_MACS)
+def test_macs_of_cifar_resnets(depth, millions):
+    """The 3x3 layers behind the stem cost the same, but for two: those that stride cost half."""
+    images = torch.empty(1, 3, 32, 32)
+    macs = count_macs(CifarResNet(depth).eval(), images)
+    assert macs == 9 * 3 * 16 * 32**2 + (depth - 3) * 9 * 16**2 * 32**2 + 64 * 10
+    assert round(macs / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        ({"plain": True}, 0),
+        ({"shortcut": "A-average"}, 0),
+        ({"conv_bias": True}, 0),
+        ({"shortcut": "B"}, 16 * 32 * 16**2 + 32 * 64 * 8**2),
+        ({"num_classes": 100}, 64 * 90),
+        ({"in_channels": 1}, -9 * 2 * 16 * 32**2),
+    ],
+    ids=str,
+)
+def test_macs_of_options_relative_to_option_a(arguments, difference):
+    ours = CifarResNet(20, **arguments).eval()
+    images = torch.empty(1, arguments.get("in_channels", 3), 32, 32)
+    base = count_macs(CifarResNet(20).eval(), torch.empty(1, 3, 32, 32))
+    assert count_macs(ours, images) - base == difference
+
+
+@pytest.mark.parametrize(
+    ("depth", "stride_in_1x1", "macs"),
+    [
+        (18, False, 1_814_073_344),
+        (34, False, 3_663_761_408),
+        (50, False, 4_089_184_256),
+        (101, False, 7_801_405_440),
+        (152, False, 11_513_626_624),
+        (50, True, 3_857_973_248),  # the paper's 3.8e9, 7.6e9 and 11.3e9
+        (101, True, 7_570_194_432),
+        (152, True, 11_282_415_616),
+    ],
+)
+def test_macs_of_imagenet_resnets(depth, stride_in_1x1, macs):
+    network = ResNet(depth, stride_in_1x1=stride_in_1x1).eval()
+    images = torch.empty(1, 3, 224, 224)
+    assert count_macs(network, images) == macs
+    assert sum(macs_by_module(network, images).values()) == macs
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_counts_of_grouped_convolutions_and_linear_layers(in_channels):
+    network = nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, stride=2, padding=1),
+        nn.Conv2d(8, 16, 5, groups=8, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+    images = torch.empty(5, in_channels, 17, 13)
+    by_hand = 5 * (9 * in_channels * 8 * 9 * 7 + 25 * 16 * 5 * 3 + 16 * 10)
+    assert sum(macs_by_module(network, images).values()) == by_hand
+    assert count_macs(network, images) == by_hand
+    assert count_params(network) == 72 * in_channels + 8 + 25 * 16 + 170
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"depth": 20},
+        {"depth": 20, "shortcut": "C"},
+        {"depth": 20, "preactivation": True},
+        {"depth": 29, "bottleneck": True, "shortcut": "B"},
+        {"depth": 29, "bottleneck": True, "shortcut": "B", "preactivation": True},
+    ],
+    ids=str,
+)
+def test_a_closed_block_saves_exactly_its_branch(arguments):
+    network, images = CifarResNet(**arguments).eval(), torch.empty(2, 3, 32, 32)
+    macs = macs_by_module(network, images)
+    full = count_macs(network, images)
+    assert full == sum(macs.values())
+    for index, block in enumerate(network.blocks):
+        gates = [1.0] * network.num_blocks
+        gates[index] = 0.0
+        branch = sum(macs[layer] for name, layer in block.named_children() if "conv" in name)
+        assert branch > 0
+        assert count_macs(lambda x, gates=gates: network(x, gates), images) == full - branch
+
+
+def test_macs_of_gates_per_sample_are_those_of_the_surviving_samples():
+    network = CifarResNet(20).eval()
+    num_images = 4
+    images = torch.empty(num_images, 3, 32, 32)
+    macs = macs_by_module(network, images)
+    gates = torch.zeros(network.num_blocks, num_images, device="cpu")
+    expected = sum(macs.values())
+    for index, block in enumerate(network.blocks):
+        num_survivors = index % (num_images + 1)  # from nobody to everybody
+        gates[index, :num_survivors] = 1.0
+        branch = macs[block.conv1] + macs[block.conv2]
+        expected -= branch * (num_images - num_survivors) // num_images
+    assert count_macs(lambda x: network(x, gates), images) == expected
