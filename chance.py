@@ -1,8 +1,11 @@
 """Chance is a function of the step: the one place where random numbers come from.
 
-Every draw in this project (gates, widths, data order, augmentation, splits) is made by a generator that is
-built on the spot from what the draw is for: ``generator("gates", seed, step)``. Nothing has to be saved,
-restored or synchronised: a resumed run and every rank of a distributed one make the same draws because they
+Every draw in this project (gates, widths, data order, augmentation, splits) is made by a generator
+that is
+built on the spot from what the draw is for: ``generator("gates", seed, step)``. Nothing has to be
+saved,
+restored or synchronised: a resumed run and every rank of a distributed one make the same draws
+because they
 ask the same question.
 """
 
@@ -12,7 +15,7 @@ from torch import Generator
 
 
 def key_to_seed(*key: int | str) -> int:
-    """Hashes a key to 64 bits. Equal keys give equal seeds in every process and on every machine."""
+    """Hashes a key to 64 bits. Equal keys give equal seeds in any process on any machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -2,13 +2,16 @@
 
     python main.py fit -c experiments/quickstart.yaml                       train, then test once
     python main.py fit -c experiments/... -c experiments/machines/gpu.yaml  the same on that machine
-    python main.py test -c experiments/...                                  evaluate what was trained
+    python main.py test -c experiments/...                                  evaluate what was
+    trained
 
-A run lives in `runs/<method>/<yaml stem>/seed<k>` (or `--run_dir`). Repeating the command of a killed run
-goes on from its newest checkpoint; a finished run says so.
+A run lives in `runs/<method>/<yaml stem>/seed<k>` (or `--run_dir`). Repeating the command of a
+killed run goes on from its newest checkpoint; a finished run says so.
 """
 
+import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ class ExperimentCLI(LightningCLI):
     """LightningCLI with run folders. Subcommands: fit, validate, test, predict."""
 
     def __init__(self, args: Sequence[str] | None = None):
-        errors_raise = {"exit_on_error": False}
+        parser = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             ImageClassifier,
             LightningDataModule,
@@ -42,11 +45,12 @@ class ExperimentCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            # The run folder keeps the config: Lightning's callback raises when a requeued job finds one.
+            # The run folder keeps the config: Lightning's callback raises when a requeued job finds
+            # one.
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={**errors_raise, **{name: errors_raise for name in self.subcommands()}},
+            parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
             trainer_defaults={
                 "num_sanity_val_steps": 0,
                 # The loaders shard themselves, by (seed, epoch).
@@ -108,7 +112,9 @@ class ExperimentCLI(LightningCLI):
         folder.check_config(self.config_dump)
         if folder.is_finished(trainer):
             if rank_zero_only.rank == 0:
-                print(f"finished already: {folder.path}; for another run pass --run_dir or a new seed")
+                print(
+                    f"finished already: {folder.path}; for another run pass --run_dir or a new seed"
+                )
                 print_table(folder.path)
             return
         resume_from = folder.last_checkpoint or ckpt_path
@@ -127,19 +133,31 @@ class ExperimentCLI(LightningCLI):
             print(folder.describe(trainer.loggers))
 
     def validate(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None, **how: Any
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+        **how: Any,
     ) -> None:
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path))
 
     def test(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None, **how: Any
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+        **how: Any,
     ) -> None:
         self.trainer.test(
             model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path), verbose=False
         )
 
     def predict(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None, **how: Any
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+        **how: Any,
     ) -> None:
         self.trainer.predict(
             model,
@@ -149,7 +167,7 @@ class ExperimentCLI(LightningCLI):
         )
 
     def trained(self, ckpt_path: str | None) -> str:
-        """Returns the checkpoint to evaluate: the given one, else the one the run's rule selects."""
+        """Returns the checkpoint to evaluate: the given one, else the selected one of the run."""
         return ckpt_path or str(self.checkpoint.selected(self.trainer))
 
 
@@ -160,15 +178,29 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
     # With SLURM's srun installed but not used, every Trainer would say so.
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         ExperimentCLI(args)
     except USER_ERRORS as error:
         if os.environ.get("TRACEBACK"):
             raise
-        message = " ".join(str(error).split())
-        print(f"error: {message} (TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
     return 0
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message without the types and values that jsonargparse wraps around."""
+    message = " ".join(str(error).split())
+    message = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
+    )
+    message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
+    return re.sub(r" Given value type: .*", "", message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The folder of a run: what makes a repeated command a resumed run.
 
-    config.yaml            what is trained; a changed YAML is refused
-    attempts.yaml          when, with which command, commit and versions it was started, one entry per start
-    last.ckpt best.ckpt    see `callbacks.RunCheckpoint`
-    metrics.csv            see `callbacks.CSVHistory`
-    wandb_id wandb/        the W&B run that every attempt continues
-    operating_points.csv   the result
-    finished.yaml          where training stopped, written after the test
+config.yaml            what is trained; a changed YAML is refused
+attempts.yaml          when, with which command, commit and versions it was started, one entry per
+start last.ckpt best.ckpt    see `callbacks.RunCheckpoint`
+metrics.csv            see `callbacks.CSVHistory`
+wandb_id wandb/        the W&B run that every attempt continues
+operating_points.csv   the result
+finished.yaml          where training stopped, written after the test
 """
 
 import datetime
@@ -30,8 +30,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from callbacks import CSVHistory
 from callbacks.checkpointing import LAST
 
-# What may change between two attempts of one run, beside everything that says how long, where and how
-# verbosely it trains: a YAML's trainer section decides the result only through these.
+# What may change between two attempts of one run, beside everything that says how long, where and
+# how verbosely it trains: a YAML's trainer section decides the result only through these.
 TRAINER_SCIENCE = ("accumulate_grad_batches", "gradient_clip_algorithm", "gradient_clip_val")
 TRAINER_SCIENCE += ("limit_train_batches", "overfit_batches")
 DATA_LOGISTICS = ("data_dir", "eval_batch_size", "num_workers")
@@ -54,7 +54,7 @@ class Tracking:
     tags: list[str] | None = None
 
     def resolve_mode(self) -> str:
-        """Returns "online", "offline" or "disabled"; the environment's WANDB_MODE has the last word."""
+        """Returns "online", "offline" or "disabled"; WANDB_MODE has the last word."""
         if os.environ.get("WANDB_MODE"):
             return os.environ["WANDB_MODE"]
         if self.mode == "auto":
@@ -118,7 +118,7 @@ class RunFolder:
                 "pass --run_dir with a folder that you may write"
             ) from error
 
-    # --- what is trained ------------------------------------------------------------------------------
+    # --- what is trained --------------------------------------------------------------------------
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Refuses to continue a run whose YAML has changed in what decides its result.
@@ -145,7 +145,7 @@ class RunFolder:
         with (self.path / "attempts.yaml").open("a") as file:
             yaml.safe_dump([environment()], file, sort_keys=False)
 
-    # --- finished or not ------------------------------------------------------------------------------
+    # --- finished or not --------------------------------------------------------------------------
 
     def is_finished(self, trainer: pl.Trainer) -> bool:
         """Tells whether the run ended where this trainer would stop."""
@@ -156,7 +156,7 @@ class RunFolder:
     def mark_finished(self, trainer: pl.Trainer) -> None:
         _write(self.path / "finished.yaml", _stop(trainer))
 
-    # --- tracking -------------------------------------------------------------------------------------
+    # --- tracking ---------------------------------------------------------------------------------
 
     def loggers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
         """Opens the CSV history and the W&B run of this folder."""
@@ -166,39 +166,35 @@ class RunFolder:
         mode = tracking.resolve_mode()
         if mode == "disabled":
             return [history]
-        os.environ.setdefault("WANDB_SILENT", "true")
-        tracker = self._wandb_logger(tracking, mode)
-        if rank_zero_only.rank == 0 and mode == "online":
-            from wandb.errors import Error  # wandb is slow to import, and not every command tracks
+        return [history, WandbLogger(experiment=self._open_wandb(tracking, mode, config))]
 
-            try:
-                tracker.experiment  # noqa: B018 (connects)
-            except Error as error:
-                print(f"W&B cannot be reached ({error}): tracking offline", file=sys.stderr)
-                tracker = self._wandb_logger(tracking, "offline")
-        tracker.log_hyperparams({**config, "environment": environment()})
-        return [history, tracker]
+    @rank_zero_only
+    def _open_wandb(self, tracking: Tracking, mode: str, config: dict[str, Any]) -> Any:
+        import wandb  # slow, and not every command tracks
 
-    def _wandb_logger(self, tracking: Tracking, mode: str) -> WandbLogger:
-        from wandb import Settings
-
-        return WandbLogger(
-            name=f"{self.name}/seed{self.seed}",
-            group=self.name,
-            id=self._wandb_id(),
-            save_dir=self.path,
-            project=tracking.project,
-            entity=tracking.entity,
-            tags=tracking.tags,
-            mode=mode,
-            settings=Settings(init_timeout=60),
-        )
-
-    def _wandb_id(self) -> str:
-        path = self.path / "wandb_id"
-        if not path.exists() and rank_zero_only.rank == 0:
-            path.write_text(uuid.uuid4().hex[:12])
-        return path.read_text() if path.exists() else ""
+        id_file = self.path / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        options = {
+            "id": id_file.read_text(),
+            "resume": "allow",
+            "dir": self.path,
+            "name": f"{self.name}/seed{self.seed}",
+            "group": self.name,
+            "project": tracking.project,
+            "entity": tracking.entity,
+            "tags": tracking.tags,
+            "config": {**config, "environment": environment()},
+            "settings": wandb.Settings(init_timeout=60, silent=True),
+        }
+        try:
+            run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:
+            print(f"W&B cannot be reached ({error}): tracking offline", file=sys.stderr)
+            run = wandb.init(mode="offline", **options)
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return run
 
     def describe(self, loggers: list[Logger]) -> str:
         """Says where the run is, and how to look at it in W&B."""

@@ -35,7 +35,7 @@ def median_seconds(
     contenders: Mapping[str, Callable[[int], object]],
     num_rounds: int,
     device: torch.device,
-    num_warmup_rounds: int = 2,
+    num_warmup_rounds: int,
 ) -> dict[str, float]:
     """Times every contender once per round, in turn.
 

@@ -20,8 +20,9 @@ BEST = "best.ckpt"
 class RunCheckpoint(Checkpoint):
     """Keeps `last.ckpt` and `best.ckpt` in the trainer's `default_root_dir`.
 
-    `last.ckpt` is saved after every validation, every epoch, and every `every_n_steps` optimizer steps;
-    `best.ckpt` when the monitored metric improves. With both goes the number of rows of the CSV history.
+    `last.ckpt` is saved after every validation, every epoch, and every `every_n_steps` optimizer
+    steps; `best.ckpt` when the monitored metric improves. With both goes the number of rows of the
+    CSV history.
 
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
@@ -47,7 +48,7 @@ class RunCheckpoint(Checkpoint):
         self.mode = mode
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
-        self.saved_step = -1
+        self.saved_step = 0
 
     def path(self, trainer: Trainer, name: str) -> Path:
         return Path(trainer.default_root_dir, name)
@@ -57,8 +58,8 @@ class RunCheckpoint(Checkpoint):
         path = self.path(trainer, BEST if self.select == "best" else LAST)
         if not path.exists():
             raise FileNotFoundError(
-                f"no {path}: train first (fit), name one with --ckpt_path, or set checkpoint.select to last "
-                "if nothing is validated"
+                f"no {path}: train first (fit), name one with --ckpt_path, or set "
+                "checkpoint.select to last if nothing is validated"
             )
         return path
 
@@ -69,10 +70,8 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The last batch of an epoch is left to the validation that follows: Lightning, resumed between the
-        # two, would skip it.
-        due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self.saved_step
-        if due and not trainer.is_last_batch:
+        due = trainer.global_step % self.every_n_steps == 0
+        if due and trainer.global_step != self.saved_step and not _hands_over(trainer, batch_idx):
             self.save(trainer, LAST)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,7 +89,9 @@ class RunCheckpoint(Checkpoint):
             return False
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
-            raise ValueError(f"checkpoint.monitor {self.monitor!r} is not logged; there are: {known}")
+            raise ValueError(
+                f"checkpoint.monitor {self.monitor!r} is not logged; there are: {known}"
+            )
         score = trainer.callback_metrics[self.monitor].item()
         best = self.best_score
         if best is None or (score > best if self.mode == "max" else score < best):
@@ -120,10 +121,24 @@ class RunCheckpoint(Checkpoint):
                 logger.truncate(checkpoint.get("num_history_rows", 0))
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and then renames, so that a checkpoint is either the old one or the new one.
+def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
+    """Tells whether validation or the end of the epoch follows this batch.
 
-    Loads tensors and plain data only: a checkpoint that holds other pickles is refused, not executed.
+    Their checkpoints come soon. One in between is no place to go on from: Lightning would take the
+    validation for done.
+    """
+    period = trainer.val_check_batch
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    batches = batch_idx + 1 if by_epoch else trainer.fit_loop.total_batch_idx + 1
+    return trainer.is_last_batch or (period is not None and batches % period == 0)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and then renames, so that a checkpoint is either the old one or the
+    new one.
+
+    Loads tensors and plain data only: a checkpoint that holds other pickles is refused, not
+    executed.
     """
 
     def save_checkpoint(
@@ -152,5 +167,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
-                f"{path} is not a checkpoint of tensors and plain data: use another one, or delete it"
+                f"{path} is not a checkpoint of tensors and plain data: use another, or delete it"
             ) from error

@@ -1,4 +1,4 @@
-"""The metrics of a run as one CSV file that a resumed run continues without a gap or a repetition."""
+"""The metrics of a run as a CSV file that a resumed run continues without gap or repetition."""
 
 import csv
 import os
@@ -11,8 +11,8 @@ from pytorch_lightning.utilities import rank_zero_only
 class CSVHistory(Logger):
     """Writes one row per call of `log_metrics`, at once, and remembers how many rows it holds.
 
-    A checkpoint stores `num_rows` (see `RunCheckpoint`); whoever goes on from that checkpoint truncates the
-    file to it, because what was logged after it will be logged again.
+    A checkpoint stores `num_rows` (see `RunCheckpoint`); whoever goes on from that checkpoint
+    truncates the file to it, because what was logged after it will be logged again.
 
     Args:
         path: the file; an existing one is continued.

@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 
 class GradientMagnitudeLogger(Callback):
-    """Logs `gradients/first_conv` every epoch: mean |gradient| of the first convolution over the steps.
+    """Logs `gradients/first_conv` every epoch: mean |gradient| of the first convolution over the
+    steps.
 
     Reads of the module: `net`.
     """

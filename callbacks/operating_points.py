@@ -25,7 +25,8 @@ class OperatingPoints(Callback):
 
     Prints a table, writes `operating_points.csv` in the run folder, logs a W&B table.
 
-    Reads of the module: `operating_points()`, `net`, and the logged `test/acc` of the point "full" and
+    Reads of the module: `operating_points()`, `net`, and the logged `test/acc` of the point "full"
+    and
     `test/acc_<name>` of the others.
 
     Args:
@@ -57,7 +58,9 @@ class OperatingPoints(Callback):
         milliseconds = time_points(points, self.images, self.num_rounds)
         rows = []
         for name, classify in points.items():
-            accuracy = trainer.callback_metrics["test/acc" if name == "full" else f"test/acc_{name}"]
+            accuracy = trainer.callback_metrics[
+                "test/acc" if name == "full" else f"test/acc_{name}"
+            ]
             macs = count_macs(classify, self.images[:1])
             params = count_params(pl_module.net)
             rows.append((name, accuracy.item(), macs, params, milliseconds[name]))
@@ -65,7 +68,9 @@ class OperatingPoints(Callback):
             csv.writer(file).writerows([COLUMNS, *rows])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table("operating_points", columns=list(COLUMNS), data=[list(row) for row in rows])
+                logger.log_table(
+                    "operating_points", columns=list(COLUMNS), data=[list(row) for row in rows]
+                )
         print_table(Path(trainer.default_root_dir))
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 class SurvivalProbabilityLogger(Callback):
-    """Logs p_l per block, the expected and realised number of active blocks, and each block's survival rate.
+    """Logs p_l per block, the expected and realised number of active blocks, and each block's
+    survival rate.
 
     Every epoch: `stochastic_depth/active_blocks` (mean over the epoch's steps) beside
-    `stochastic_depth/expected_active_blocks`. In W&B, and as `survival.csv` in the run folder: survival
-    probability and survival rate so far of every block.
+    `stochastic_depth/expected_active_blocks`. In W&B, and as `survival.csv` in the run folder:
+    survival probability and survival rate so far of every block.
 
     Reads of the module: `survival_probs`, and `gates`, those of the latest step, (L,) or (L, N).
 

@@ -1,14 +1,23 @@
-"""Data sets as Lightning data modules; the same arguments everywhere, the order a function of (seed, epoch)."""
+"""Data sets as Lightning data modules; the same arguments everywhere, order and views keyed."""
 
 from datamodules.base import ImageDataModule
 from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from datamodules.digits import DigitsDataModule
+from datamodules.image_folder import ImageFolderDataModule
+from datamodules.imagenet import ImageNetDataModule
 from datamodules.in_memory import InMemoryDataModule
+from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+from datamodules.svhn import SVHNDataModule
 
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "DigitsDataModule",
+    "FashionMNISTDataModule",
     "ImageDataModule",
+    "ImageFolderDataModule",
+    "ImageNetDataModule",
     "InMemoryDataModule",
+    "MNISTDataModule",
+    "SVHNDataModule",
 ]

@@ -1,13 +1,14 @@
 """Flip, pad, crop and normalise a whole batch of small images at once, on any device.
 
-The papers pad with zeros *after* normalising (the border is the mean colour). Here bytes are padded before, and the
-shift that normalises them is flipped, padded and cropped in the same way:
+The papers pad with zeros *after* normalising (the border is the mean colour). Here bytes are padded
+before, and the shift that normalises them is flipped, padded and cropped in the same way:
 
     view(image * scale + shift) = view(image) * scale + view(shift)
     view = crop(pad(flip(.)))    scale = 1 / std    shift = -mean / std
 
-Where a view shows padding both terms are exactly 0. There are only 2 (2 padding + 1)^2 views, so those of the shift
-are tabulated. What is moved around are bytes, and floats are touched in three sweeps: that is the speed.
+Where a view shows padding both terms are exactly 0. There are only 2 (2 padding + 1)^2 views, so
+those of the shift are tabulated. What is moved around are bytes, and floats are touched in three
+sweeps: that is the speed.
 """
 
 import torch
@@ -33,8 +34,9 @@ def draw_views(
 class BatchTransform(nn.Module):
     """Normalises batches of bytes; in training it shows a view of each image.
 
-    View ``(flip * s + top) * s + left``, with s = 2 * padding + 1, has its upper left corner at pixel (top, left) of
-    the flipped (flip = 1) or unflipped (flip = 0) image with `padding` zeros on each side.
+    View ``(flip * s + top) * s + left``, with s = 2 * padding + 1, has its upper left corner at
+    pixel (top, left) of the flipped (flip = 1) or unflipped (flip = 0) image with `padding` zeros
+    on each side.
 
     Args:
         mean: (C, H, W), in bytes.
@@ -51,8 +53,9 @@ class BatchTransform(nn.Module):
         self.register_buffer("corner", top * (mean.shape[2] + 2 * padding) + left)
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
-        shifts = self.shift.expand(len(flip), *mean.shape)
-        self.register_buffer("shift_views", self._show(shifts, torch.arange(len(flip))).contiguous())
+        copies = self.shift.expand(len(flip), *mean.shape)
+        shift_views = self._show(copies, torch.arange(len(flip)))
+        self.register_buffer("shift_views", shift_views.contiguous())
 
     def forward(self, images: Tensor, views: Tensor | None = None) -> Tensor:
         """Normalises, and takes views with zeros around the normalised image.
@@ -74,13 +77,14 @@ class BatchTransform(nn.Module):
         count, channels, height, width = images.shape
         samples = torch.arange(count, device=images.device)
 
-        # Flipping all and choosing is faster than looking for those to flip, and no GPU has to wait.
+        # Flipping all and choosing is faster than finding those to flip, and no GPU has to wait.
         both = torch.cat([images, images.flip(3)])
         chosen = both.index_select(0, self.flip.index_select(0, views) * count + samples)
         padded = F.pad(chosen, [self.padding] * 4)
 
-        # A crop lies within one run of pixels, from its first to its last. Row s of the overlapping view `runs` is the
-        # run that starts at pixel s of the storage, so that one copy per image fetches the crop.
+        # A crop lies within one run of pixels, from its first to its last. Row s of the overlapping
+        # view `runs` is the run that starts at pixel s of the storage, so that one copy per image
+        # fetches the crop.
         per_image, per_channel, per_row, _ = padded.stride()
         length = (channels - 1) * per_channel + (height - 1) * per_row + width
         runs = padded.as_strided((padded.numel() - length + 1, length), (1, 1))

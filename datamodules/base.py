@@ -6,6 +6,7 @@ from typing import Literal
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from datamodules.augmentation import BatchTransform
 from datamodules.order import evaluation_batches, num_training_batches, training_batches
 
 Split = Literal["train", "val", "test", "predict"]
@@ -21,8 +22,8 @@ def require(condition: bool, message: str) -> None:
 class EpochLoader:
     """A sized iterable of batches; every `iter` asks `batches` anew.
 
-    It is not a torch DataLoader on purpose: Lightning rebuilds those with samplers of its own, and ours
-    already know ranks, epochs and where to resume.
+    It is not a torch DataLoader on purpose: Lightning rebuilds those with samplers of its own, and
+    ours already know ranks, epochs and where to resume.
     """
 
     def __init__(self, num_batches: int, batches: Callable[[], Iterator[Batch]]):
@@ -33,13 +34,13 @@ class EpochLoader:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator on purpose: `batches` looks up the trainer's progress when the first batch is asked for.
-        # Lightning calls iter() up to twice before that, when a resumed trainer still holds the counters of
-        # the checkpoint, which may be those of an epoch that was complete.
+        # A generator on purpose: `batches` looks up the trainer's progress when the first batch is
+        # asked for. Lightning calls iter() up to twice before that, when a resumed trainer still
+        # holds the counters of the checkpoint, which may be those of an epoch that was complete.
         yield from self._batches()
 
     def state_dict(self) -> dict:
-        """Nothing: the position is the trainer's own progress. This tells Lightning that we can resume."""
+        """Nothing: the trainer's progress is the position. Tells Lightning that we can resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -49,10 +50,14 @@ class EpochLoader:
 class ImageDataModule(LightningDataModule):
     """Labelled images. Steps receive ``(images, labels)``: float32 (N, C, H, W) and int64 (N,).
 
-    The order is a function of (seed, epoch), see `datamodules.order`, and so is the augmentation. A loader
-    has the length of the full epoch, and its iterator starts at the batch that the trainer has reached.
+    The order is a function of (seed, epoch), see `datamodules.order`, and so is the augmentation. A
+    loader has the length of the full epoch, and its iterator starts at the batch that the trainer
+    has reached.
 
-    Subclasses define the four attributes and `num_samples`, `load_train`, `load_eval`.
+    Batches travel to the device as bytes, ``(images, labels[, views])``, and are normalised, and in
+    training flipped and cropped, there.
+
+    Subclasses define the attributes and `num_samples`, `load_train`, `load_eval`.
 
     Args:
         batch_size: training images per process.
@@ -68,6 +73,10 @@ class ImageDataModule(LightningDataModule):
     class_names: list[str]
     image_shape: tuple[int, int, int]
     """(C, H, W) of what the steps receive."""
+    predict_names: list[str]
+    """A name for each image that `predict` gives to this rank, in their order; set by `setup`."""
+    transform: BatchTransform
+    """What happens to a batch on the device; set by `setup`."""
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int, drop_last: bool):
         super().__init__()
@@ -114,8 +123,8 @@ class ImageDataModule(LightningDataModule):
         per_step = self.batch_size * self.world_size
         require(
             per_step <= self.num_samples("train"),
-            f"batch_size {self.batch_size} on {self.world_size} process(es) asks for {per_step} images per "
-            f"step, but the training split has {self.num_samples('train')}: lower batch_size",
+            f"batch_size {self.batch_size} on {self.world_size} process(es) asks for {per_step} of "
+            f"the {self.num_samples('train')} training images in every step: lower batch_size",
         )
 
     def train_position(self) -> tuple[int, int]:
@@ -142,9 +151,7 @@ class ImageDataModule(LightningDataModule):
         return self.load_train(batches[first_batch:], epoch)
 
     def train_dataloader(self) -> EpochLoader:
-        return EpochLoader(
-            self.num_train_batches, lambda: self.train_epoch(*self.train_position())
-        )
+        return EpochLoader(self.num_train_batches, lambda: self.train_epoch(*self.train_position()))
 
     def val_dataloader(self) -> EpochLoader | list:
         return self._eval_loader("val") if self.num_samples("val") else []
@@ -160,3 +167,9 @@ class ImageDataModule(LightningDataModule):
             self.num_samples(split), self.eval_batch_size, self.rank, self.world_size
         )
         return EpochLoader(len(batches), lambda: self.load_eval(batches, split))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels, *views = batch
+        if self.transform.shift.device != images.device:
+            self.transform.to(images.device)
+        return self.transform(images, *views), labels

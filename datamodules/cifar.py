@@ -15,14 +15,15 @@ from datamodules.normalization import Normalization, per_channel
 class CIFAR10DataModule(InMemoryDataModule):
     """CIFAR-10, by default 45,000 / 5,000 / 10,000 images.
 
-    Looks for ``data_dir/cifar-10-batches-py`` (torchvision), then for an image folder ``data_dir/cifar10`` with
-    ``{train,test}/<class>/<image>`` (decoded once and cached beside it), and then downloads the former.
+    Looks for ``data_dir/cifar-10-batches-py`` (torchvision), then for an image folder
+    ``data_dir/cifar10`` with ``{train,test}/<class>/<image>`` (decoded once and cached beside it),
+    and then downloads the former.
 
     Args:
         data_dir: where to look, and to download to.
         normalization: "channel" uses the constants of the DenseNet and MSDNet code.
-        batch_size, eval_batch_size, val_size, split_seed, seed, crop_padding, horizontal_flip, drop_last: see
-            `InMemoryDataModule`.
+        batch_size, eval_batch_size, val_size, split_seed, seed, crop_padding, horizontal_flip,
+            drop_last: see `InMemoryDataModule`.
     """
 
     num_classes = 10
@@ -68,8 +69,9 @@ class CIFAR10DataModule(InMemoryDataModule):
         else:
             train, test = self._read_batches(batches, folder, download)
         require(
-            len(self.class_names) == self.num_classes and train.images.shape[1:] == self.image_shape,
-            f"{folder} has {len(self.class_names)} classes of images (C, H, W) {tuple(train.images.shape[1:])}, "
+            len(self.class_names) == self.num_classes
+            and train.images.shape[1:] == self.image_shape,
+            f"{folder} has {len(self.class_names)} classes of {(*train.images.shape[1:],)} images, "
             f"not {self.num_classes} of {self.image_shape}: use ImageFolderDataModule",
         )
         return train, test
@@ -79,19 +81,26 @@ class CIFAR10DataModule(InMemoryDataModule):
     ) -> tuple[LabelledImages, LabelledImages]:
         found = batches.is_dir()
         try:
-            parts = [self.source(self.data_dir, train, download=download and not found) for train in (True, False)]
-        except (OSError, RuntimeError) as error:  # no network, or torchvision's checksums do not hold
+            parts = [
+                self.source(self.data_dir, train, download=download and not found)
+                for train in (True, False)
+            ]
+        # Without a network, or where torchvision's checksums do not hold.
+        except (OSError, RuntimeError) as error:
             if found:
-                raise ValueError(f"{batches} is incomplete or corrupt: remove it and download again") from error
+                raise ValueError(
+                    f"{batches} is incomplete or corrupt: remove it and download again"
+                ) from error
+            how = f" (downloading it failed: {error})" if download else ", or call prepare_data()"
             raise FileNotFoundError(
-                f"{self.source.__name__} not found: looked for {batches} and {folder}/{{train,test}}/<class>/*; "
-                f"unpack {self.source.url} in {self.data_dir}"
-                + (f" (downloading it failed: {error})" if download else " or call prepare_data()")
+                f"{self.source.__name__} not found: looked for {batches} and {folder}/"
+                f"{{train,test}}/<class>/*; unpack {self.source.url} in {self.data_dir}{how}"
             ) from error
         self.class_names = parts[0].classes
         train, test = (
             LabelledImages(
-                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                torch.tensor(part.targets),
             )
             for part in parts
         )
@@ -104,7 +113,7 @@ class CIFAR10DataModule(InMemoryDataModule):
 
 
 class CIFAR100DataModule(CIFAR10DataModule):
-    """CIFAR-100; as `CIFAR10DataModule`, from ``cifar-100-python`` or the image folder ``cifar100``."""
+    """As `CIFAR10DataModule`, from ``cifar-100-python`` or the image folder ``cifar100``."""
 
     num_classes = 100
     folder = "cifar100"

@@ -1,7 +1,7 @@
-"""Data sets that fit into memory as bytes: a batch is one `index_select`, augmented on the device."""
+"""Data sets that fit into memory as bytes: a batch is an `index_select`."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,14 +22,11 @@ class LabelledImages(NamedTuple):
 class InMemoryDataModule(ImageDataModule):
     """Holds all images as uint8. Subclasses define `read` and may replace `split` and `statistics`.
 
-    Its loaders yield bytes, ``(images, labels[, views])``; `on_after_batch_transfer` augments (in training) and
-    normalises a whole batch on the device.
-
     Args:
-        val_size: images held out from the training set; 0 trains on all of it and there is no validation.
+        val_size: images held out from the training set; 0: train on all of it, validate on nothing.
         split_seed: keys the split, which is thereby the same for every run and every `seed`.
         normalization: see `datamodules.normalization`; computed from the training split alone.
-        crop_padding: zeros on each side before a random crop of the original size, in pixels; 0: no crop.
+        crop_padding: zeros on each side before a random crop to the original size, in pixels.
         horizontal_flip: flip half of the training images.
         batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
     """
@@ -48,6 +45,10 @@ class InMemoryDataModule(ImageDataModule):
     ):
         super().__init__(batch_size, eval_batch_size, seed, drop_last)
         require(val_size >= 0, f"val_size is {val_size}: give 0 or a number of images")
+        require(
+            normalization in get_args(Normalization),
+            f"normalization is {normalization!r}: give one of {', '.join(get_args(Normalization))}",
+        )
         require(crop_padding >= 0, f"crop_padding is {crop_padding}: give 0 or a number of pixels")
         self.val_size = val_size
         self.split_seed = split_seed
@@ -63,18 +64,18 @@ class InMemoryDataModule(ImageDataModule):
             download: whether a missing data set may be fetched.
 
         Raises:
-            FileNotFoundError: the data set is not there; says what was looked for, where, how to get it.
+            FileNotFoundError: it is not there; says what was looked for, where, how to get it.
             ValueError: a file is corrupt.
         """
         raise NotImplementedError
 
     def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the indices of the training and of the validation split, for all training labels (N,)."""
+        """Returns the indices that train and those that validate, for all labels (N,)."""
         order = torch.randperm(len(labels), generator=generator("split", self.split_seed))
         return order[self.val_size :], order[: self.val_size]
 
     def statistics(self, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean (C, H, W) and std (C, 1, 1) of the training split ``images[indices]``, in bytes."""
+        """Returns mean (C, H, W) and std (C, 1, 1), in bytes, of ``images[indices]``."""
         return statistics(self.normalization, images, indices)
 
     def prepare_data(self) -> None:
@@ -82,6 +83,8 @@ class InMemoryDataModule(ImageDataModule):
 
     def setup(self, stage: str) -> None:
         self._load(download=False)
+        num_test = len(self._test.labels)
+        self.predict_names = [f"test/{i}" for i in range(self.rank, num_test, self.world_size)]
         self.check_batch_size()
 
     def _load(self, download: bool) -> None:
@@ -91,11 +94,11 @@ class InMemoryDataModule(ImageDataModule):
         num_images = len(self._train.labels)
         require(
             self.val_size < num_images,
-            f"val_size is {self.val_size}, but there are only {num_images} training images: lower it",
+            f"val_size is {self.val_size} of {num_images} training images: lower it",
         )
         self._train_indices, self._val_indices = self.split(self._train.labels)
         mean, std = self.statistics(self._train.images, self._train_indices)
-        self._transform = BatchTransform(mean, std, self.crop_padding)
+        self.transform = BatchTransform(mean, std, self.crop_padding)
         self._loaded = True
 
     def num_samples(self, split: Split) -> int:
@@ -104,14 +107,14 @@ class InMemoryDataModule(ImageDataModule):
         return len(self._val_indices) if split == "val" else len(self._test.labels)
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        loaded = self._take(self._train, self._train_indices, batches)
         if not (self.crop_padding or self.horizontal_flip):
-            yield from self._take(self._train, self._train_indices, batches)
+            yield from loaded
             return
         views = draw_views(
             self.num_samples("train"), self.crop_padding, self.horizontal_flip, self.seed, epoch
         )
-        pairs = self._take(self._train, self._train_indices, batches)
-        for batch, (images, labels) in zip(batches, pairs, strict=True):
+        for batch, (images, labels) in zip(batches, loaded, strict=True):
             yield images, labels, views.index_select(0, batch)
 
     def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
@@ -126,9 +129,3 @@ class InMemoryDataModule(ImageDataModule):
         for batch in batches:
             rows = indices.index_select(0, batch)
             yield pool.images.index_select(0, rows), pool.labels.index_select(0, rows)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        images, labels, *views = batch
-        if self._transform.shift.device != images.device:
-            self._transform.to(images.device)
-        return self._transform(images, *views), labels

@@ -1,14 +1,16 @@
-"""Four ways of normalising images that the papers use, as one pair: a mean image and a standard deviation.
+"""The papers' four ways of normalising images, as one pair: a mean image and a std.
 
     normalized = (image - mean) / std        image in bytes, 0..255; mean (C, H, W); std (C, 1, 1)
 
 "pixel_mean"             (He et al. 2015) mean per pixel, std 255.
-"pixel_mean_scalar_std"  (Huang et al. 2016, Stochastic Depth) mean per pixel, and one std over all raw pixels: the
-                         released code takes it before it subtracts the mean, so its images have a variance below 1.
+"pixel_mean_scalar_std"  (Huang et al. 2016, Stochastic Depth) mean per pixel, and one std over all
+                         raw pixels: the released code takes it before it subtracts the mean, so
+                         that its images have a variance below 1.
 "channel"                (DenseNet, MSDNet) mean and std per channel.
 "scale"                  mean 0, std 255: images in 0..1.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,9 +31,6 @@ def statistics(
 
     Returns:
         The mean (C, H, W) and the std (C, 1, 1), in bytes, float32.
-
-    Raises:
-        ValueError: `normalization` is not one of the four.
     """
     _, channels, height, width = images.shape
     byte_range = torch.full((channels, 1, 1), 255.0)
@@ -53,19 +52,14 @@ def statistics(
     if normalization == "pixel_mean_scalar_std":
         std = _std(channel_sum.sum().item(), square_sum.sum().item(), num_values * channels)
         return pixel_mean, torch.full((channels, 1, 1), std)
-    if normalization == "channel":
-        stds = [
-            _std(total, squares, num_values)
-            for total, squares in zip(channel_sum.tolist(), square_sum.tolist(), strict=True)
-        ]
-        return per_channel([total / num_values for total in channel_sum.tolist()], stds, height, width)
-    raise ValueError(
-        f"normalization is {normalization!r}: give pixel_mean, pixel_mean_scalar_std, channel or scale"
-    )
+    totals, squares = channel_sum.tolist(), square_sum.tolist()
+    means = [total / num_values for total in totals]
+    stds = [_std(*sums, num_values) for sums in zip(totals, squares, strict=True)]
+    return per_channel(means, stds, height, width)
 
 
 def per_channel(
-    means: list[float], stds: list[float], height: int, width: int
+    means: Sequence[float], stds: Sequence[float], height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the mean (C, H, W) and std (C, 1, 1) for one mean and std per channel, in bytes."""
     mean = torch.tensor(means).view(-1, 1, 1).expand(-1, height, width).contiguous()

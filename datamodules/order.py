@@ -26,9 +26,9 @@ def training_batches(
 ) -> tuple[Tensor, ...]:
     """Deals one permutation, a function of (seed, epoch), out to the ranks like cards.
 
-    Global batch b is ``order[b * B * W : (b + 1) * B * W]`` for batch size B and W ranks, and rank r holds its
-    elements r, r + W, ...: the ranks together see the batches that one process with batch size B * W sees.
-    The order wraps around until all ranks have the same number of samples.
+    Global batch b is ``order[b * B * W : (b + 1) * B * W]`` for batch size B and W ranks, and rank
+    r holds its elements r, r + W, ...: the ranks together see the batches that one process with
+    batch size B * W sees. The order wraps around until all ranks have the same number of samples.
 
     Returns:
         The batches of this rank, each (n,) of int64 with n <= `batch_size`.

@@ -1,4 +1,4 @@
-"""What every method shares: optimizer wiring, metrics over operating points, and seeds that follow the step."""
+"""What every method shares: optimizer wiring, metrics over operating points, keyed seeds."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -23,12 +23,12 @@ FULL = "full"
 
 
 def sgd(params: Iterable) -> Optimizer:
-    """The optimizer that all of the papers start from: learning rate 0.1, momentum 0.9, weight decay 1e-4."""
+    """SGD with learning rate 0.1, momentum 0.9, weight decay 1e-4: where most papers start."""
     return SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
 class ImageClassifier(pl.LightningModule):
-    """Base of the methods. A subclass writes `training_step`, and `operating_points` if it has several.
+    """Base of the methods; each writes a `training_step`, and `operating_points` if it has several.
 
     Args:
         net: from images (N, C, H, W) to what the method expects; has an attribute `num_classes`.
@@ -47,22 +47,24 @@ class ImageClassifier(pl.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.net = net
+        # The memory format in which CPUs and tensor cores convolve fastest; the weights decide it.
+        self.net = net.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.seed = seed
 
-        # Not persistent: they are no part of the weights. A checkpoint holds them beside the state dict.
+        # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
+        # dict.
         self.train_loss = MeanMetric()
         self.train_acc = MulticlassAccuracy(net.num_classes, average="micro")
         self.eval_loss = MeanMetric()
         self.eval_acc = nn.ModuleDict()
 
-    # --- what a method says ---------------------------------------------------------------------------
+    # --- what a method says -----------------------------------------------------------------------
 
     def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Returns, by name, each way to run the trained network: from images (N, C, H, W) to logits.
+        """Returns, by name, each way to run the trained network, from images to logits.
 
         `FULL` is the whole network. Metrics, tables and the cost profile are made of these.
         """
@@ -76,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
         """Returns the logits (N, num_classes) of the full network."""
         return self.operating_points()[FULL](images)
 
-    # --- optimization ---------------------------------------------------------------------------------
+    # --- optimization -----------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.net.parameters())
@@ -94,8 +96,9 @@ class ImageClassifier(pl.LightningModule):
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout and the like draw from the global generator. Seeding it by the step, rather than saving its
-        # state, serves every rank and every device, and a checkpoint of another number of ranks.
+        # Dropout and the like draw from the global generator. Seeding it by the step, rather than
+        # saving its state, serves every rank and every device, and a checkpoint of another number
+        # of ranks.
         key = ("train", self.seed, self.global_step, batch_idx, self.global_rank)
         torch.manual_seed(key_to_seed(*key))
 
@@ -103,17 +106,18 @@ class ImageClassifier(pl.LightningModule):
         # Before the backward: the weights, and so the next checkpoint, are still good.
         if not loss.isfinite():
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): stopped "
-                "before it reached the weights; lower the learning rate, then start again"
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): "
+                "stopped before it reached the weights; lower the learning rate, then start again"
             )
 
-    # --- training metrics -----------------------------------------------------------------------------
+    # --- training metrics -------------------------------------------------------------------------
 
     def log_training(self, loss: Tensor, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         """Records one training batch; every method calls it at the end of its `training_step`.
 
-        Values go to the loggers at once, not after the batch as with `self.log`: a checkpoint that is saved
-        at the end of this batch must not be ahead of the metrics, or a resumed run would miss a row.
+        Values go to the loggers at once, not after the batch as with `self.log`: a checkpoint that
+        is saved at the end of this batch must not be ahead of the metrics, or a resumed run would
+        miss a row.
         """
         loss = loss.detach()
         self.train_loss.update(loss, len(labels))
@@ -137,7 +141,7 @@ class ImageClassifier(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=step)
 
-    # --- evaluation -----------------------------------------------------------------------------------
+    # --- evaluation -------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -158,31 +162,39 @@ class ImageClassifier(pl.LightningModule):
         for name, accuracy in self.eval_acc.items():
             accuracy.update(logits[name], labels)
 
-    def log_evaluation(self, split: str) -> None:
-        self.log(f"{split}/loss", self.eval_loss.compute())
+    def finish_evaluation(self, split: str) -> dict[str, Tensor]:
+        """Returns the metrics of an evaluation over all ranks, and starts anew."""
+        metrics = {f"{split}/loss": self.eval_loss.compute()}
         self.eval_loss.reset()
         for name, accuracy in self.eval_acc.items():
             suffix = "" if name == FULL else f"_{name}"
-            self.log(f"{split}/acc{suffix}", accuracy.compute(), prog_bar=name == FULL)
+            metrics[f"{split}/acc{suffix}"] = accuracy.compute()
             accuracy.reset()
+        return metrics
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.eval_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_evaluation("val")
+        for name, value in self.finish_evaluation("val").items():
+            self.log(name, value, prog_bar=name == "val/acc")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.eval_step(batch)
 
     def on_test_epoch_end(self) -> None:
-        self.log_evaluation("test")
+        metrics = self.finish_evaluation("test")
+        self.log_dict(metrics, logger=False)
+        # Lightning's own step and epoch depend on whether training was resumed before this test.
+        for logger in self.loggers:
+            values = {name: value.item() for name, value in metrics.items()}
+            logger.log_metrics(values, step=self.global_step)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns class probabilities, (N, num_classes)."""
         return self(batch[0]).softmax(1)
 
-    # --- checkpoints ----------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Every rank comes here and rank 0 writes: it keeps the sums over all ranks.
@@ -212,8 +224,8 @@ class ImageClassifier(pl.LightningModule):
         ]
         if unlike:
             raise ValueError(
-                f"the checkpoint is of another network: {len(unlike)} tensors differ ({unlike[0]}): "
-                "use the YAML it was trained with, or another run folder"
+                f"the checkpoint is of another network: {len(unlike)} tensors differ "
+                f"({unlike[0]}): use the YAML it was trained with, or another run folder"
             )
 
 

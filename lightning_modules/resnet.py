@@ -3,8 +3,8 @@
     H_l = ReLU(shortcut(H_{l-1}) + residual(H_{l-1})),    loss = CE(logits, label)
 
 Differences from the released code:
-    * None in the step. The warm-up of ResNet-110 is a fixed 400 iterations; the paper's condition is a
-      training error below 80%, which it says takes about 400.
+    * None in the step. The warm-up of ResNet-110 is a fixed 400 iterations; the paper's condition
+      is a training error below 80%, which it says takes about 400.
 """
 
 import torch.nn.functional as F

@@ -9,8 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR
 class WarmupMultiStepLR(LambdaLR):
     """A constant low rate, then the optimizer's rate, multiplied by `gamma` at each milestone.
 
-    Epochs or optimizer steps, according to the module's `lr_interval`, counted from 0. He et al. warm
-    ResNet-110 up at a tenth of the rate for about 400 steps; Huang et al. the 1202 layers for 10 epochs.
+    Epochs or optimizer steps, according to the module's `lr_interval`, counted from 0. He et al.
+    warm ResNet-110 up at a tenth of the rate for about 400 steps; Huang et al. the 1202 layers for
+    10 epochs.
 
     Args:
         optimizer: holds the base rate.

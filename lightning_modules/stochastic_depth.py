@@ -1,13 +1,14 @@
 """Stochastic Depth: Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382).
 
-    train: H_l = ReLU(id(H_{l-1}) + b_l f_l(H_{l-1})), b_l ~ Bernoulli(p_l)     test: b_l replaced by p_l
+    H_l = ReLU(id(H_{l-1}) + b_l f_l(H_{l-1})),  b_l ~ Bernoulli(p_l) in training, b_l = p_l at test
     p_l = 1 - (l / L) (1 - p_L),  l = 1..L
 
 Differences from the released code:
-    * The gates are drawn by a generator keyed by (seed, step), so that all ranks and all resumed runs agree.
-    * `mode="row"` draws one gate per sample, and `rescale=True` divides by p_l in training instead of
-      multiplying by p_l at test: together they are the DropPath of later libraries. Here, too, a branch is
-      computed only for the samples that keep it.
+    * The gates are drawn by a generator keyed by (seed, step), so that all ranks and all resumed
+      runs agree.
+    * `mode="row"` draws one gate per sample, and `rescale=True` divides by p_l in training instead
+      of multiplying by p_l at test: together they are the DropPath of later libraries. Here, too, a
+      branch is computed only for the samples that keep it.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +36,7 @@ from networks import ResidualNetwork
 def survival_probabilities(
     num_blocks: int, final_survival_prob: float, decay: Literal["linear", "uniform"]
 ) -> list[float]:
-    """Returns p_1..p_L: "linear" falls from 1 at the stem (l = 0) to p_L at the last block, "uniform" is p_L.
+    """Returns p_1..p_L: "linear" falls from 1 at the stem (l = 0) to p_L, "uniform" is p_L.
 
     Raises:
         ValueError: `final_survival_prob` is outside (0, 1].
@@ -44,7 +45,9 @@ def survival_probabilities(
         raise ValueError(f"final_survival_prob {final_survival_prob} is outside (0, 1]")
     if decay == "uniform":
         return [final_survival_prob] * num_blocks
-    return [1 - block / num_blocks * (1 - final_survival_prob) for block in range(1, num_blocks + 1)]
+    return [
+        1 - block / num_blocks * (1 - final_survival_prob) for block in range(1, num_blocks + 1)
+    ]
 
 
 class LitStochasticDepth(ImageClassifier):
@@ -56,8 +59,8 @@ class LitStochasticDepth(ImageClassifier):
         decay: how p_l falls from 1 to p_L.
         mode: one gate per block and mini-"batch", as in the paper, or per block and sample ("row").
         rescale: divide open branches by p_l in training and leave them alone at test.
-        update_dropped_blocks: a closed block still gets weight decay and momentum (its gradient is 0, not
-            absent), as in the released code.
+        update_dropped_blocks: a closed block still gets weight decay and momentum (its gradient is
+            0, not absent), as in the released code.
         optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
 
     Attributes:
@@ -89,15 +92,18 @@ class LitStochasticDepth(ImageClassifier):
         self.gates: Tensor | None = None
 
     def draw_gates(self, num_images: int, batch_idx: int) -> Tensor:
-        """Draws the gates of a batch: (num_blocks,) in batch mode, (num_blocks, num_images) in row mode.
+        """Draws the gates of a batch: (num_blocks,), in row mode (num_blocks, num_images).
 
-        In batch mode all ranks, and all batches that are accumulated into one step, have the same gates. In
-        row mode the samples of the ranks are the columns of one table, so they all differ.
+        In batch mode all ranks, and all batches that are accumulated into one step, have the same
+        gates. In row mode the samples of the ranks are the columns of one table, so they all
+        differ.
         """
         probs = torch.tensor(self.survival_probs, dtype=torch.float64)
         if self.mode == "batch":
             draws = torch.rand(
-                len(probs), dtype=probs.dtype, generator=generator("gates", self.seed, self.global_step)
+                len(probs),
+                dtype=probs.dtype,
+                generator=generator("gates", self.seed, self.global_step),
             )
         else:
             probs = probs.unsqueeze(1)
@@ -131,8 +137,9 @@ class LitStochasticDepth(ImageClassifier):
 
     def on_fit_start(self) -> None:
         strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        is_ddp = isinstance(strategy, DDPStrategy)
+        if is_ddp and not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise ValueError(
-                "closed blocks leave parameters unused, and plain DDP would wait for their gradients: "
-                "set trainer.strategy to ddp_find_unused_parameters_true"
+                "closed blocks leave parameters unused, and plain DDP would wait for their "
+                "gradients: set trainer.strategy to ddp_find_unused_parameters_true"
             )

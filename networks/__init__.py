@@ -1,4 +1,4 @@
-"""Plain torch networks; what is dynamic about them is an argument or a return value of `forward`."""
+"""Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.cost import count_macs, count_params
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs

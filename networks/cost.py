@@ -9,10 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
-    """Runs `function` on `images` and counts the multiply-accumulates of its convolutions and linear layers.
+    """Runs `function` on `images` and counts the multiply-accumulates of its convolutions and
+    linear layers.
 
-    BN, ReLU, pooling, biases and additions count 0, the convention of the papers (which say "FLOPs"). Only
-    what is executed is counted: a closed gate, a narrow width or an early exit costs what it costs. Works on
+    BN, ReLU, pooling, biases and additions count 0, the convention of the papers (which say
+    "FLOPs"). Only
+    what is executed is counted: a closed gate, a narrow width or an early exit costs what it costs.
+    Works on
     the meta device. Put the network in evaluation mode first, else its BN statistics take part.
 
     Args:
@@ -28,5 +31,5 @@ def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
 
 
 def count_params(network: nn.Module) -> int:
-    """Counts the learnable numbers of `network`: BN scales and shifts included, running statistics not."""
+    """Counts the learnable numbers: BN scales and shifts included, running statistics not."""
     return sum(parameter.numel() for parameter in network.parameters())

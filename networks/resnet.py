@@ -1,27 +1,29 @@
 """Residual networks whose depth is an argument of `forward`.
 
-Papers: He et al., Deep Residual Learning (arXiv 1512.03385); He et al., Identity Mappings (arXiv 1603.05027);
-Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382).
+He et al., Deep Residual Learning for Image Recognition (arXiv 1512.03385)
+He et al., Identity Mappings in Deep Residual Networks (arXiv 1603.05027)
+Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382)
 
     H_l = ReLU(shortcut_l(H_{l-1}) + gate_l * residual_l(H_{l-1}))
 
-Who draws the gates, and why, is not known here. `gates=None` is the ordinary network. One number per block
-scales its residual branch, and a branch whose gate is 0 is not executed: no compute, no BN update. One number
-per block *and sample* runs the branch on the surviving samples alone.
+Who draws the gates, and why, is not known here. `gates=None` is the ordinary network. One number
+per block scales its residual branch, and a branch whose gate is 0 is not executed: no compute, no
+BN update. One number per block *and sample* runs the branch on the surviving samples alone.
 
 Differences from the released code:
-    * Convolutions have no bias: a BN follows each of them. `conv_bias=True` restores those of the released
-      Stochastic Depth code (inert, but counted in its number of parameters).
-    * `shortcut="A"` subsamples as He's text says; `"A-average"` is the 2x2 average of the Stochastic Depth
-      code. Both append the zero channels after the existing ones.
-    * In a bottleneck the stride is in the 3x3 convolution, as in torchvision; `stride_in_1x1=True` is the
-      paper's network (and gives the paper's FLOPs).
+    * Convolutions have no bias: a BN follows each of them. `conv_bias=True` restores those of the
+      released Stochastic Depth code (inert before a BN, but counted in its number of parameters).
+    * `shortcut="A"` subsamples as He's text says; `"A-average"` is the 2x2 average of the
+      Stochastic Depth code. Both append the zero channels after the existing ones.
+    * In a bottleneck the stride is in the 3x3 convolution, as in torchvision; `stride_in_1x1=True`
+      is the paper's network (and gives the paper's FLOPs).
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,14 +56,21 @@ def add_gated(
     scale = gate[rows]
     everyone = len(rows) == len(gate)
     rows = rows.to(x.device)
-    branch = residual(x if everyone else x.index_select(0, rows)).to(shortcut.dtype)
+    branch = residual(x if everyone else take_rows(x, rows)).to(shortcut.dtype)
     if (scale != 1).any():
         branch = branch * scale.to(branch).view(-1, 1, 1, 1)
     return shortcut + branch if everyone else shortcut.index_add(0, rows, branch)
 
 
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns ``x[rows]`` of x (N, C, H, W) in its memory format, which `index_select` loses."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)
+
+
 class PadShortcut(nn.Module):
-    """Option A: a shortcut without parameters. Strides by subsampling or averaging, appends zero channels."""
+    """Option A: no parameters. Strides by subsampling or averaging, appends zero channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, average: bool):
         super().__init__()
@@ -103,10 +112,22 @@ class Block(nn.Module):
         downsample: the module on the shortcut, None for the identity.
     """
 
-    def __init__(self, plain: bool, downsample: nn.Module | None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        shortcut: Shortcut,
+        plain: bool,
+        bias: bool,
+    ):
         super().__init__()
         self.plain = plain
-        self.downsample = downsample
+        self.downsample = None
+        if not plain:
+            self.downsample = make_shortcut(
+                shortcut, in_channels, out_channels, stride, bias, norm=True
+            )
 
     def residual(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -138,10 +159,7 @@ class BasicBlock(Block):
         plain: bool,
         bias: bool,
     ):
-        super().__init__(
-            plain,
-            None if plain else make_shortcut(shortcut, in_channels, channels, stride, bias, True),
-        )
+        super().__init__(in_channels, channels, stride, shortcut, plain, bias)
         self.conv1 = conv(in_channels, channels, 3, stride, bias)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, 1, bias)
@@ -171,10 +189,7 @@ class Bottleneck(Block):
         stride_in_1x1: bool = False,
     ):
         out_channels = self.expansion * channels
-        super().__init__(
-            plain,
-            None if plain else make_shortcut(shortcut, in_channels, out_channels, stride, bias, True),
-        )
+        super().__init__(in_channels, out_channels, stride, shortcut, plain, bias)
         self.conv1 = conv(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, 1 if stride_in_1x1 else stride, bias)
@@ -194,8 +209,8 @@ class Bottleneck(Block):
 class PreActivationBlock(nn.Module):
     """A block whose BN and ReLU come before each convolution; nothing follows the addition.
 
-    Where the shape changes, and in the first block of the network, both paths read the first activation;
-    elsewhere that activation belongs to the branch, and a closed gate skips it too.
+    Where the shape changes, and in the first block of the network, both paths read the first
+    activation; elsewhere that activation belongs to the branch, and a closed gate skips it too.
     """
 
     expansion = 1
@@ -282,7 +297,12 @@ class ResidualNetwork(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The residual blocks, shallow to deep."""
-        return [block for name, layer in self.named_children() if "layer" in name for block in layer]
+        return [
+            block
+            for name, layer in self.named_children()
+            if name.startswith("layer")
+            for block in layer
+        ]
 
     @property
     def num_blocks(self) -> int:
@@ -293,9 +313,10 @@ class ResidualNetwork(nn.Module):
 
         Args:
             images: (N, C, H, W).
-            gates: None runs every block. `num_blocks` numbers, or a tensor (num_blocks,), scale the residual
-                branches; a tensor (num_blocks, N) has a number per sample. A branch is executed only where its
-                gate is not 0. Keep gates on the CPU: they decide what is launched.
+            gates: None runs every block. `num_blocks` numbers, or a tensor (num_blocks,), scale the
+                residual branches; a tensor (num_blocks, N) has a number per sample. A branch is
+                executed only where its gate is not 0. Keep gates on the CPU: they decide what is
+                launched.
 
         Returns:
             Logits, (N, num_classes).
@@ -316,16 +337,15 @@ class ResidualNetwork(nn.Module):
             raise ValueError("a plain network has no shortcuts, so its blocks cannot be gated")
         if len(gates) != self.num_blocks:
             raise ValueError(f"{len(gates)} gates for {self.num_blocks} blocks: give one per block")
-        if not isinstance(gates, Tensor):
-            return gates
+        gates = torch.as_tensor(gates, dtype=torch.float64, device="cpu")
         if gates.dim() == 1:
             return gates.tolist()
-        if gates.shape[1] != num_images:
+        if gates.shape != (self.num_blocks, num_images):
             raise ValueError(
-                f"gates of shape {tuple(gates.shape)} for {num_images} images:"
-                f" expected ({self.num_blocks}, {num_images})"
+                f"gates of shape {tuple(gates.shape)} for {num_images} images: "
+                f"expected ({self.num_blocks}, {num_images})"
             )
-        return gates.cpu().unbind()
+        return gates.unbind()
 
     def initialize(self) -> None:
         """Draws the convolutions from He's normal distribution (fan in) and zeroes their biases."""
@@ -337,13 +357,15 @@ class ResidualNetwork(nn.Module):
 
 
 class CifarResNet(ResidualNetwork):
-    """The CIFAR networks of He et al. (3 layers of 16, 32, 64 channels), also pre-activated or plain.
+    """The CIFAR networks of He et al.: three layers, of 16, 32 and 64 channels.
 
     Args:
-        depth: 6n+2 (14, 20, 32, 44, 56, 110, 152, 1202, ...), or 9n+2 (164, 1001, ...) with `bottleneck`.
+        depth: 6n+2 (14, 20, 32, 44, 56, 110, 152, 1202, ...), or 9n+2 (164, 1001, ...) with
+            `bottleneck`.
         num_classes: number of logits.
-        shortcut: where the shape changes: "A" subsamples and appends zero channels (He), "A-average" averages
-            2x2 and appends zero channels (Stochastic Depth), "B" projects; "C" projects in every block.
+        shortcut: where the shape changes: "A" subsamples and appends zero channels (He),
+            "A-average" averages 2x2 and appends zero channels (Stochastic Depth), "B" projects;
+            "C" projects in every block.
         plain: no shortcuts.
         in_channels: channels of the images.
         bottleneck: blocks of three convolutions, 4 times the channels.
@@ -444,10 +466,14 @@ class ResNet(ResidualNetwork):
     ):
         super().__init__()
         if depth not in self.BLOCKS_PER_LAYER:
-            raise ValueError(f"depth {depth} is not one of {', '.join(map(str, self.BLOCKS_PER_LAYER))}")
+            raise ValueError(
+                f"depth {depth} is not one of {', '.join(map(str, self.BLOCKS_PER_LAYER))}"
+            )
         bottleneck = depth >= 50
         if stride_in_1x1 and not bottleneck:
-            raise ValueError(f"stride_in_1x1 needs bottlenecks: depth {depth} has none, use 50 or more")
+            raise ValueError(
+                f"stride_in_1x1 needs bottlenecks: depth {depth} has none, use 50 or more"
+            )
         self.plain = plain
         self.num_classes = num_classes
 
@@ -479,20 +505,17 @@ class ResNet(ResidualNetwork):
 def fold_survival_probs(
     network: ResidualNetwork, survival_probs: Sequence[float]
 ) -> ResidualNetwork:
-    """Returns a copy for deployment: ``copy(images)`` equals ``network(images, gates=survival_probs)``.
+    """Returns an ordinary network for deployment, with the outputs of ``gates=survival_probs``.
 
-    Each probability is multiplied into the last BN of its residual branch (the last convolution where the BN
-    comes first).
+    Each probability is multiplied into the last BN of its residual branch (the last convolution
+    where the BN comes first).
 
     Raises:
-        ValueError: not one probability per block.
+        ValueError: not one probability per block, or a network without shortcuts.
     """
-    if len(survival_probs) != network.num_blocks:
-        raise ValueError(
-            f"{len(survival_probs)} survival probabilities for {network.num_blocks} blocks: give one per block"
-        )
+    probabilities = network.split_gates(survival_probs, 0)
     network = copy.deepcopy(network)
-    for block, probability in zip(network.blocks, survival_probs, strict=True):
+    for block, probability in zip(network.blocks, probabilities, strict=True):
         last = block.last_layer()
         last.weight.data.mul_(probability)
         if last.bias is not None:

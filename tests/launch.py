@@ -1,7 +1,7 @@
 """Runs `main.py` in processes of their own that start in a blink and can be killed.
 
-Importing torch and Lightning takes many seconds. A fork server imports them once, before any thread is
-started, and every run is a fork of it.
+Importing torch and Lightning takes many seconds. A fork server imports them once, before any thread
+is started, and every run is a fork of it.
 """
 
 import multiprocessing
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,11 +18,20 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["main", "datamodules", "sklearn.datasets"])
 
 
-def _run_main(args: Sequence[str], folder: Path, output: Path) -> None:
+Environment = Mapping[str, str | None]
+"""Variables of a run; None removes one."""
+QUIET: Environment = {"WANDB_MODE": "disabled"}
+
+
+def _run_main(args: Sequence[str], folder: Path, output: Path, environment: Environment) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(folder)
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     sys.argv = ["main.py", *args]
 
     import torch
@@ -30,28 +39,37 @@ def _run_main(args: Sequence[str], folder: Path, output: Path) -> None:
     import main
 
     torch.set_num_threads(1)
-    sys.exit(main.main(args))
+    sys.exit(main.main())
 
 
-def start(args: Sequence[str], folder: Path) -> multiprocessing.Process:
-    """Starts ``python main.py ARGS`` in `folder`; what it prints is appended to `folder/output.txt`."""
-    process = _processes.Process(target=_run_main, args=(args, folder, folder / "output.txt"))
+def start(
+    args: Sequence[str], folder: Path, environment: Environment = QUIET
+) -> multiprocessing.Process:
+    """Starts ``python main.py ARGS`` in `folder`; it prints to `folder/output.txt`."""
+    process = _processes.Process(
+        target=_run_main, args=(args, folder, folder / "output.txt", environment)
+    )
     process.start()
     return process
 
 
-def run(args: Sequence[str], folder: Path) -> tuple[int, str]:
+def run(args: Sequence[str], folder: Path, environment: Environment = QUIET) -> tuple[int, str]:
     """Runs a command line to its end and returns the exit status and what it printed."""
     output = folder / "output.txt"
     before = output.stat().st_size if output.exists() else 0
-    process = start(args, folder)
+    process = start(args, folder, environment)
     process.join()
-    return process.exitcode, output.read_text()[before:]
+    return process.exitcode, output.read_bytes()[before:].decode()
 
 
-def kill_when(condition: Callable[[], bool], args: Sequence[str], folder: Path) -> bool:
-    """Starts a run and kills it (SIGKILL) as soon as `condition` holds; False if it ended before."""
-    process = start(args, folder)
+def kill_when(
+    condition: Callable[[], bool],
+    args: Sequence[str],
+    folder: Path,
+    environment: Environment = QUIET,
+) -> bool:
+    """Starts a run, kills it (SIGKILL) when `condition` holds; False if it ended before."""
+    process = start(args, folder, environment)
     while process.is_alive() and not condition():
         time.sleep(0.01)
     if not process.is_alive():

@@ -1,4 +1,4 @@
-"""The settings that every generic test loops over: a row per method, small enough to train in seconds."""
+"""What every generic test loops over: a row per method, small enough to train in seconds."""
 
 from copy import deepcopy
 from typing import Any

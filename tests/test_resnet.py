@@ -428,6 +428,17 @@ def test_autocast_keeps_bfloat16_through_the_shortcuts(kind, per_sample):
     torch.testing.assert_close(logits.float(), network(images, gates), rtol=0.05, atol=0.05)
 
 
+def test_a_branch_of_lower_precision_is_added_to_its_shortcut():
+    block = CifarResNet(14).layer1[0].eval()
+    x = torch.rand(BATCH_SIZE, 16, 8, 8)
+    gate = mixed_gates(6)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, everyone = block(x, gate), block(x)
+    assert out.dtype == everyone.dtype == torch.float32
+    torch.testing.assert_close(out[gate == 1], everyone[gate == 1], rtol=0.02, atol=0.02)
+    assert torch.equal(out[gate == 0], x[gate == 0])
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -1,9 +1,11 @@
-"""A run that is killed anywhere and started again by the same command ends as if nothing had happened."""
+"""A run killed anywhere and started again by the same command ends as if nothing had happened."""
 
 import csv
 import random
-import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import launch
 import methods
@@ -47,39 +49,99 @@ def assert_same(one, other, path="") -> None:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("last.ckpt", "best.ckpt"):
+    names = sorted(path.name for path in (one / "run").glob("*.ckpt"))
+    assert names == sorted(path.name for path in (other / "run").glob("*.ckpt"))
+    for name in names:
         a, b = (torch.load(folder / "run" / name, weights_only=True) for folder in (one, other))
         for checkpoint in (a, b):
             checkpoint["callbacks"].pop("ThroughputMonitor", None)
-            del checkpoint["loops"]  # counters of the attempts; what they decide is compared below
+            del checkpoint[
+                "loops"
+            ]  # Lightning's counters of attempts; what they decide is compared
         assert_same(a, b, name)
     assert metrics(one) == metrics(other)
-    assert (one / "run/survival.csv").exists() == (other / "run/survival.csv").exists()
+    for name in ("survival.csv", "config.yaml"):
+        files = [folder / "run" / name for folder in (one, other)]
+        assert files[0].exists() == files[1].exists()
+        assert not files[0].exists() or files[0].read_text() == files[1].read_text()
+
+
+def kill_repeatedly(folder: Path, moment: Callable[[], Callable[[], bool]]) -> int:
+    """Starts the run again and again, killed at the next `moment()`, until it ends by itself."""
+    num_kills = 0
+    while launch.kill_when(moment(), COMMAND, folder):
+        num_kills += 1
+        assert num_kills < 60, "makes no progress"
+    assert (folder / "run/finished.yaml").exists(), (folder / "output.txt").read_text()
+    return num_kills
+
+
+def after_next_checkpoint(folder: Path) -> Callable[[], Callable[[], bool]]:
+    last = folder / "run/last.ckpt"
+
+    def moment() -> Callable[[], bool]:
+        seen = last.stat().st_mtime_ns if last.exists() else None
+        return lambda: last.exists() and last.stat().st_mtime_ns != seen
+
+    return moment
+
+
+CALLBACKS = [
+    {"class_path": "callbacks.SurvivalProbabilityLogger"},
+    {"class_path": "callbacks.GradientMagnitudeLogger"},
+    {"class_path": "callbacks.ThroughputMonitor"},
+]
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
     config = methods.config(method)
-    if method.startswith("stochastic_depth"):
-        config["trainer"]["callbacks"] = [
-            {"class_path": "callbacks.SurvivalProbabilityLogger"},
-            {"class_path": "callbacks.GradientMagnitudeLogger"},
-            {"class_path": "callbacks.ThroughputMonitor"},
-        ]
-    whole = write(tmp_path / "whole", config)
+    config["trainer"]["callbacks"] = CALLBACKS if "stochastic_depth" in method else CALLBACKS[1:]
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 5
+    assert_same_run(whole, broken)
 
-    broken = write(tmp_path / "broken", config)
-    last = broken / "run/last.ckpt"
-    seen = None
 
-    def new_checkpoint() -> bool:
-        return last.exists() and last.stat().st_mtime_ns != seen
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"val_check_interval": 3},
+        {"limit_val_batches": 0, "val_check_interval": 1.0},
+        {"check_val_every_n_epoch": 2},
+        {"accumulate_grad_batches": 2},
+        {"max_steps": 10, "max_epochs": -1},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_killed_under_other_trainer_settings(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = methods.config("stochastic_depth")
+    config["trainer"] |= changes
+    config["checkpoint"] = {"select": "last", "every_n_steps": 2}
+    config["model"]["init_args"]["lr_interval"] = "step"
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 4
+    assert_same_run(whole, broken)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Five kills at moments that follow no plan: during start-up, a step, a write, validation."""
+    config = methods.config("stochastic_depth")
+    config["trainer"] |= {"max_epochs": 6, "callbacks": CALLBACKS}
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    start = time.monotonic()
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    duration = time.monotonic() - start
+
+    def moment() -> Callable[[], bool]:
+        nonlocal num_kills
+        num_kills += 1
+        if num_kills > 5:
+            return lambda: False
+        end = time.monotonic() + random.uniform(0, duration)
+        return lambda: time.monotonic() > end
 
     num_kills = 0
-    while launch.kill_when(new_checkpoint, COMMAND, broken):
-        seen = last.stat().st_mtime_ns
-        num_kills += 1
-        assert num_kills < 40, "makes no progress"
-    assert num_kills >= 5
+    kill_repeatedly(broken, moment)
     assert_same_run(whole, broken)

@@ -1,0 +1,188 @@
+"""Folders of images of any size, decoded when they are needed, by worker processes."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from chance import generator
+from datamodules.augmentation import BatchTransform
+from datamodules.base import Batch, ImageDataModule, Split, require
+from datamodules.image_augmentation import (
+    Augmentation,
+    Transform,
+    apply_keyed,
+    evaluation_transform,
+    training_transform,
+)
+from datamodules.image_files import decode, list_all, list_classes, list_labelled
+from datamodules.normalization import per_channel
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+UNKNOWN = -1  # label of an image to predict
+
+
+class ImageFiles(Dataset):
+    """Decodes the image at an index. Holds no state: what comes out is a function of the key alone.
+
+    Args:
+        samples: path and label of every image.
+        transform: from an image to one of `image_size` x `image_size`.
+        seed: for a random transform, whose draws are keyed by (seed, epoch, index); None:
+            `transform` draws nothing.
+    """
+
+    def __init__(
+        self, samples: list[tuple[str, int]], transform: Transform, seed: int | None = None
+    ):
+        # Two arrays instead of a million Python objects, whose reference counts would make every
+        # worker copy them.
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
+        self.labels = torch.tensor([label for _, label in samples])
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def names(self) -> list[str]:
+        return [os.fsdecode(path) for path in self.paths]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Returns a uint8 (3, H, W) image and its label, for a key (epoch, index)."""
+        epoch, index = key
+        image = decode(os.fsdecode(self.paths[index]))
+        if self.seed is None:
+            image = self.transform(image)
+        else:
+            image = apply_keyed(self.transform, image, "augmentation", self.seed, epoch, index)
+        return pil_to_tensor(image), self.labels[index]
+
+
+def use_one_thread(worker: int) -> None:
+    """Starts a worker: there are as many workers as cores, so that each may use one."""
+    torch.set_num_threads(1)
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` is it.
+
+    Workers decode and augment; batches go to the device as bytes and are normalised there, by
+    ImageNet's mean and std. Lightning does not see the torch DataLoader inside, so it needs no
+    ``use_distributed_sampler=False``.
+
+    Args:
+        data_dir: the folder.
+        image_size: height and width of what the steps receive, in pixels.
+        augmentation: see `datamodules.image_augmentation`.
+        val_size: images of ``train`` held out for validation; 0 validates on ``val``.
+        split_seed: keys the images that are held out.
+        num_workers: processes that decode; 0 decodes in the main process.
+        predict_dir: images to predict, here and in folders below, with the label -1; None: those of
+            the test.
+        batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        image_size: int = 224,
+        augmentation: Augmentation = "inception",
+        batch_size: int = 128,
+        eval_batch_size: int = 500,
+        val_size: int = 0,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 4,
+        predict_dir: str | None = None,
+        drop_last: bool = False,
+    ):
+        super().__init__(batch_size, eval_batch_size, seed, drop_last)
+        require(image_size >= 1, f"image_size is {image_size}: give at least 1")
+        require(val_size >= 0, f"val_size is {val_size}: give 0 or a number of images")
+        require(num_workers >= 0, f"num_workers is {num_workers}: give 0 or a number of processes")
+        self.data_dir = data_dir
+        self.image_size = image_size
+        self.image_shape = (3, image_size, image_size)
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.num_workers = num_workers
+        self.predict_dir = predict_dir
+        self.train_transform = training_transform(augmentation, image_size)
+        self._splits: dict[Split, tuple[ImageFiles, Tensor]] = {}
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        return list_classes(Path(self.data_dir) / "train")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def setup(self, stage: str) -> None:
+        if not self._splits:
+            self._splits = self._find_splits()
+            means, stds = ([255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            statistics = per_channel(means, stds, self.image_size, self.image_size)
+            self.transform = BatchTransform(*statistics, padding=0)
+        files, _ = self._splits["predict"]
+        self.predict_names = files.names()[self.rank :: self.world_size]
+        self.check_batch_size()
+
+    def _find_splits(self) -> dict[Split, tuple[ImageFiles, Tensor]]:
+        """Returns for every split the files and the indices of those that belong to it."""
+        root = Path(self.data_dir)
+        train = list_labelled(root / "train", self.class_names)
+        val = list_labelled(root / "val", self.class_names)
+        test = list_labelled(root / "test", self.class_names) if (root / "test").is_dir() else val
+        predict = test
+        if self.predict_dir is not None:
+            predict = [(path, UNKNOWN) for path in list_all(Path(self.predict_dir))]
+        require(
+            self.val_size < len(train),
+            f"val_size is {self.val_size} of {len(train)} training images: lower it",
+        )
+        order = torch.randperm(len(train), generator=generator("split", self.split_seed))
+        still = evaluation_transform(self.image_size)
+        val_indices = order[: self.val_size] if self.val_size else torch.arange(len(val))
+        return {
+            "train": (ImageFiles(train, self.train_transform, self.seed), order[self.val_size :]),
+            "val": (ImageFiles(train if self.val_size else val, still), val_indices),
+            "test": (ImageFiles(test, still), torch.arange(len(test))),
+            "predict": (ImageFiles(predict, still), torch.arange(len(predict))),
+        }
+
+    def num_samples(self, split: Split) -> int:
+        return len(self._splits[split][1])
+
+    def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        return self._load("train", batches, epoch)
+
+    def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
+        return self._load(split, batches, epoch=0)
+
+    def _load(self, split: Split, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
+        files, indices = self._splits[split]
+        loader = DataLoader(
+            files,
+            # A generator: the keys of an epoch of ImageNet would be a million Python objects.
+            batch_sampler=([(epoch, row) for row in indices[batch].tolist()] for batch in batches),
+            num_workers=self.num_workers,
+            worker_init_fn=use_one_thread,
+            pin_memory=torch.cuda.is_available(),
+            # Else it would draw a seed for its workers, which use none, from the global generator.
+            generator=generator("workers", self.seed, epoch),
+        )
+        try:
+            yield from loader
+        except ValueError as error:  # a corrupt image; from a worker it comes with a traceback
+            problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+            # Without the traceback, whose frames would keep the workers alive.
+            raise ValueError(problem) from error.with_traceback(None)

@@ -1,0 +1,216 @@
+"""The front door: what it refuses, in one line, and what it does with a run folder."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import launch
+import methods
+import pytest
+import torch
+import yaml
+
+COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
+
+
+def change(config: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def experiment(folder: Path, **changes: Any) -> Path:
+    """Writes a small experiment; keyword `a__b=1` changes the key a.b."""
+    config = methods.config("stochastic_depth")
+    config["trainer"]["max_epochs"] = 1
+    for path, value in changes.items():
+        change(config, path.replace("__", "."), value)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def corrupt_image_folder(folder: Path) -> dict[str, Any]:
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name / "broken.png").write_bytes(b"no image")
+    return {
+        "class_path": "datamodules.ImageFolderDataModule",
+        "init_args": {"data_dir": "images", "batch_size": 1, "image_size": 32, "num_workers": 0},
+    }
+
+
+NET = "model__init_args__net__init_args__"
+BAD = {
+    "unknown key": ({"trainer__max_epoch": 3}, "does not accept option 'trainer.max_epoch'"),
+    "unknown argument": ({NET + "dept": 3}, "Option 'dept' is not accepted"),
+    "unknown class": ({"model__class_path": "lightning_modules.LitX"}, "no attribute 'LitX'"),
+    "wrong type": (
+        {"trainer__max_epochs": "ten"},
+        "\"trainer.max_epochs\": Expected a <class 'int'>",
+    ),
+    "wrong choice": (
+        {"model__init_args__decay": "cubic"},
+        "'linear', 'uniform']. Got value: cubic",
+    ),
+    "survival probability": ({"model__init_args__final_survival_prob": 0.0}, "outside (0, 1]"),
+    "survival above 1": ({"model__init_args__final_survival_prob": 1.5}, "outside (0, 1]"),
+    "depth": ({NET + "depth": 21}, "depth 21 is not 6n+2: choose one such as"),
+    "batch of 0": ({"data__init_args__batch_size": 0}, "batch_size is 0"),
+    "batch too large": ({"data__init_args__batch_size": 5000}, "5000 of the 1257 training images"),
+    "other classes": ({NET + "num_classes": 7}, "set the network's num_classes to 10"),
+    "NaN loss": (
+        {"model__init_args__optimizer__init_args__lr": 1e30, "checkpoint__every_n_steps": 1},
+        "at step 1 (epoch 0)",
+    ),
+    "no data": (
+        {
+            "data": {
+                "class_path": "datamodules.ImageFolderDataModule",
+                "init_args": {"data_dir": "nowhere"},
+            }
+        },
+        "nowhere",
+    ),
+    "corrupt image": (
+        {"data": corrupt_image_folder, NET + "num_classes": 2, NET + "in_channels": 3},
+        "broken.png",
+    ),
+    "plateau schedule": (
+        {
+            "model__init_args__lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau"
+            }
+        },
+        "use a schedule of the step or the epoch",
+    ),
+    "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),
+    "unknown monitor": ({"checkpoint__monitor": "val/f1"}, "'val/f1' is not logged; there are: "),
+}
+
+
+def assert_one_line(status: int, output: str, message: str) -> None:
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert status == 2, output
+    assert len(errors) == 1, output
+    assert message in errors[0]
+    assert len(errors[0]) < 500
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistake_is_one_line(name: str, tmp_path: Path) -> None:
+    changes, message = BAD[name]
+    changes = {k: v(tmp_path) if isinstance(v, Callable) else v for k, v in changes.items()}
+    experiment(tmp_path, **changes)
+    assert_one_line(*launch.run(COMMAND, tmp_path), message)
+
+
+def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    lr = "model__init_args__optimizer__init_args__lr"
+    experiment(tmp_path, **{lr: 1e30, "checkpoint__every_n_steps": 1})
+    assert launch.run(COMMAND, tmp_path)[0] == 2
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fit", "-c", "missing.yaml"], "missing.yaml"),
+        (["fit", "-c", "experiment.yaml", "--trainer.max_epoch=3"], "trainer.max_epoch"),
+        (
+            ["fit", "-c", "experiment.yaml", "--run_dir", "experiment.yaml/x"],
+            "cannot write the run",
+        ),
+        (["test", "-c", "experiment.yaml", "--run_dir", "run"], "train first (fit)"),
+        (["test", "-c", "experiment.yaml", "--ckpt_path", "no.ckpt"], "no checkpoint no.ckpt"),
+        (
+            ["test", "-c", "experiment.yaml", "--ckpt_path", "experiment.yaml"],
+            "is not a checkpoint",
+        ),
+        (["fit"], "required"),
+        (["train"], "invalid choice: 'train'"),
+        ([], "{fit,validate,test,predict}"),
+    ],
+)
+def test_mistake_on_the_command_line(args: list[str], message: str, tmp_path: Path) -> None:
+    assert_one_line(*launch.run(args, experiment(tmp_path)), message)
+
+
+def test_life_of_a_run_folder(tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__callbacks=[{"class_path": "callbacks.SurvivalProbabilityLogger"}])
+    status, output = launch.run(COMMAND, tmp_path)
+    assert status == 0, output
+    assert "operating points" in output
+    assert "run folder: run" in output
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "attempts.yaml", "last.ckpt", "best.ckpt", "metrics.csv"}
+    assert not [name for name in names if name.endswith(".part")]
+    with (run / "operating_points.csv").open(newline="") as file:
+        (point,) = csv.DictReader(file)
+    assert (point["name"], int(point["macs"]), int(point["params"])) == ("full", 11944576, 75002)
+    accuracy = float(point["test_acc"])
+    with (run / "metrics.csv").open(newline="") as file:
+        logged = [row["test/acc"] for row in csv.DictReader(file) if row["test/acc"]]
+    assert [float(value) for value in logged] == [accuracy]  # tested exactly once
+
+    before = (run / "last.ckpt").stat().st_mtime_ns
+    status, output = launch.run(COMMAND, tmp_path)
+    assert status == 0
+    assert "finished already" in output
+    assert f"{accuracy:.2%}" in output
+    assert (run / "last.ckpt").stat().st_mtime_ns == before
+
+    for command in ("validate", "test", "predict"):
+        status, output = launch.run([command, *COMMAND[1:]], tmp_path)
+        assert status == 0, output
+    with (run / "operating_points.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["test_acc"]) == accuracy
+    with (run / "predictions.csv").open(newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert len(predictions) == 360
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in predictions)
+
+    # More epochs go on; another network is refused, by fit and by test.
+    status, output = launch.run([*COMMAND, "--trainer.max_epochs=2"], tmp_path)
+    assert status == 0, output
+    assert torch.load(run / "last.ckpt", weights_only=True)["epoch"] == 1
+    deeper = "--model.init_args.net.init_args.depth=14"
+    assert_one_line(*launch.run([*COMMAND, deeper], tmp_path), "depth is 8 there and 14 here")
+    output = launch.run(["test", *COMMAND[1:], deeper], tmp_path)
+    assert_one_line(*output, "the checkpoint is of another network")
+
+
+def test_edited_value_wins_over_the_checkpoint(tmp_path: Path) -> None:
+    """Lightning alone would lay hyper-parameters stored in a checkpoint file over the YAML."""
+    experiment(tmp_path)
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    args = ["test", *COMMAND[1:], "--ckpt_path", "run/last.ckpt", "--print_config"]
+    status, output = launch.run([*args, "--model.init_args.final_survival_prob=0.25"], tmp_path)
+    assert status == 0
+    output = output[output.index("# pytorch_lightning") :]
+    assert yaml.safe_load(output)["model"]["init_args"]["final_survival_prob"] == 0.25
+
+
+def test_run_folder_is_named_by_method_yaml_and_seed(tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__limit_train_batches=1)
+    assert launch.run(["fit", "-c", "experiment.yaml", "--seed_everything=3"], tmp_path)[0] == 0
+    assert (tmp_path / "runs/stochastic_depth/experiment/seed3/finished.yaml").exists()
+
+
+def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__max_epochs=2)
+    # Nobody is logged in at that home.
+    environment = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path)}
+    last = tmp_path / "run/last.ckpt"
+    assert launch.kill_when(last.exists, COMMAND, tmp_path, environment)
+    status, output = launch.run(COMMAND, tmp_path, environment)
+    assert status == 0, output
+    assert "wandb sync run/wandb/offline-run-*" in output
+    identity = (tmp_path / "run/wandb_id").read_text()
+    attempts = list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert len(attempts) == 2
+    assert all(attempt.name.endswith(identity) for attempt in attempts)

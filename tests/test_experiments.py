@@ -1,0 +1,63 @@
+"""Every experiment parses, builds, and says in its header how to run it."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import Namespace
+
+import main
+
+ROOT = Path(__file__).parent.parent
+MACHINES = sorted((ROOT / "experiments/machines").glob("*.yaml"))
+SCIENCE = sorted(set((ROOT / "experiments").rglob("*.yaml")) - set(MACHINES))
+
+
+class Parser(main.ExperimentCLI):
+    """Parses a command line, and goes no further."""
+
+    def before_instantiate_classes(self) -> None:
+        raise StopIteration
+
+    @classmethod
+    def parse(cls, *paths: Path) -> Namespace:
+        cli = cls.__new__(cls)
+        files = [arg for path in paths for arg in ("-c", str(path))]
+        with pytest.raises(StopIteration):
+            cli.__init__(["fit", *files])
+        return cli.config.fit
+
+
+@pytest.mark.parametrize("path", SCIENCE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_experiment_builds(path: Path) -> None:
+    config = Parser.parse(path)
+    model = config.model.init_args
+    room, name = model.net.class_path.split(".")
+    with torch.device("meta"):
+        net = getattr(importlib.import_module(room), name)(**model.net.init_args)
+    data_room, data_name = config.data.class_path.split(".")
+    data = getattr(importlib.import_module(data_room), data_name)
+    # A folder of images has as many classes as subfolders; that of ImageNet has 1,000.
+    expected = data.num_classes if isinstance(data.num_classes, int) else 1000
+    assert net.num_classes == expected
+    header = path.read_text().split("model:")[0]
+    assert f"python main.py fit -c {path.relative_to(ROOT)}" in header
+    assert "Paper:" in header
+
+
+@pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)
+def test_machine_decides_nothing_but_the_machine(path: Path) -> None:
+    science = Parser.parse(SCIENCE[0])
+    both = Parser.parse(SCIENCE[0], path)
+    for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
+        science.trainer[key] = both.trainer[key] = None
+    science.config = both.config = None
+    assert science == both
+
+
+@pytest.mark.parametrize("method", ["resnet", "stochastic_depth"])
+def test_method_has_a_card(method: str) -> None:
+    card = (ROOT / "experiments" / method / "README.md").read_text()
+    for heading in ("## Method", "## Choices", "## Results"):
+        assert heading in card

@@ -1,0 +1,234 @@
+"""Folders of large images: what a step receives is a function of (image, seed, epoch) alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from datamodules import ImageFolderDataModule, ImageNetDataModule
+from datamodules.image_augmentation import PCA_COMPONENTS, PCA_STD, apply_keyed, training_transform
+
+
+def picture(number: int, size: tuple[int, int]) -> Image.Image:
+    """A smooth image (width, height) whose colours are its number's."""
+    chance = np.random.default_rng(number)
+    small = chance.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes with 6 training and 2 validation images each, of different sizes."""
+    root = tmp_path_factory.mktemp("images")
+    number = 0
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                number += 1
+                image = picture(number, (40 + number, 60 - number))
+                image.save(root / split / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+def ready(folder, epoch=0, batch=0, **changes):
+    arguments = {"image_size": 24, "batch_size": 5, "eval_batch_size": 3, "num_workers": 0}
+    data = ImageFolderDataModule(str(folder), **(arguments | changes))
+    progress = SimpleNamespace(current=SimpleNamespace(ready=batch))
+    data.trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        current_epoch=epoch,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def all_of(loader) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_what_is_known_of_a_folder(folder):
+    data = ready(folder)
+    assert (data.num_classes, data.class_names, data.image_shape) == (
+        2,
+        ["cat", "dog"],
+        (3, 24, 24),
+    )
+    splits = ("train", "val", "test", "predict")
+    assert [data.num_samples(split) for split in splits] == [12, 4, 4, 4]
+    images, labels = all_of(data.train_dataloader())
+    assert images.dtype == torch.uint8
+    assert images.shape == (12, 3, 24, 24)
+    assert labels.bincount().tolist() == [6, 6]
+    assert ImageNetDataModule(str(folder)).num_classes == 2
+
+
+@pytest.mark.parametrize("augmentation", ["resize_crop", "inception", "mobile", "none"])
+def test_workers_make_no_difference(folder, augmentation):
+    images, labels = all_of(ready(folder, 1, augmentation=augmentation).train_dataloader())
+    workers = ready(folder, 1, augmentation=augmentation, num_workers=2, batch_size=4)
+    others, other_labels = all_of(workers.train_dataloader())
+    assert torch.equal(images, others)
+    assert torch.equal(labels, other_labels)
+
+
+def test_augmentation_changes_with_the_epoch_and_the_seed_only(folder):
+    def sorted_images(*place, **changes):
+        images, _ = all_of(ready(folder, *place, **changes).train_dataloader())
+        return sorted(image.numpy().tobytes() for image in images)
+
+    assert sorted_images(1) == sorted_images(1, batch_size=12)
+    assert not set(sorted_images(1)) & set(sorted_images(2))
+    assert not set(sorted_images(1)) & set(sorted_images(1, seed=1))
+    assert sorted_images(1, augmentation="none") == sorted_images(2, augmentation="none")
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_images(folder):
+    whole = list(ready(folder, epoch=3).train_dataloader())
+    rest = list(ready(folder, epoch=3, batch=2).train_dataloader())
+    assert len(whole) == 3
+    assert len(rest) == 1
+    assert torch.equal(rest[0][0], whole[2][0])
+
+
+def test_loading_draws_nothing_from_the_global_generator(folder):
+    state = torch.get_rng_state()
+    data = ready(folder)
+    all_of(data.train_dataloader())
+    all_of(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_resizes_takes_the_centre_and_normalises(folder):
+    data = ready(folder)
+    outputs = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+    images, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    assert labels.tolist() == [0, 0, 1, 1]
+    usual = transforms.Compose(
+        [
+            transforms.Resize(27),
+            transforms.CenterCrop(24),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    paths = sorted((folder / "val").rglob("*.*"))
+    assert data.predict_names == [str(path) for path in paths]
+    for image, path in zip(images, paths, strict=True):
+        expected = usual(Image.open(path).convert("RGB"))
+        torch.testing.assert_close(image, expected, rtol=0, atol=2e-6)
+
+
+def draws(augmentation: str, image: Image.Image, size: int, count: int) -> np.ndarray:
+    transform = training_transform(augmentation, size)
+    return np.stack([np.asarray(apply_keyed(transform, image, "test", i)) for i in range(count)])
+
+
+def test_resize_crop_zooms_crops_and_flips_as_he_says():
+    # Red grows to the right and green to the bottom, so that the crop can be read off the pixels.
+    ramp = np.zeros((100, 100, 3), np.uint8)
+    ramp[:, :, 0] = np.arange(100) * 2 + 20
+    ramp[:, :, 1] = np.arange(100)[:, None] * 2 + 20
+    images = draws("resize_crop", Image.fromarray(ramp), 50, 300).astype(float)
+    slope = (images[:, :, -1, 0] - images[:, :, 0, 0]).mean(1)
+    assert 110 < (slope > 0).sum() < 190
+    # The crop shows 50 of 57 to 107 pixels of the short side, so 47% to 88% of the image.
+    shown = np.abs(slope) / 2 / 100
+    assert 0.44 < shown.min() < 0.5
+    assert 0.82 < shown.max() < 0.9
+
+
+@pytest.mark.parametrize(("augmentation", "smallest"), [("inception", 0.08), ("mobile", 0.25)])
+def test_random_sized_crops_show_the_area_they_should(augmentation, smallest, monkeypatch):
+    areas, aspects = [], []
+    resized_crop = transforms.functional.resized_crop
+
+    def spy(image, top, left, height, width, *others, **options):
+        areas.append(height * width / 10_000)
+        aspects.append(width / height)
+        return resized_crop(image, top, left, height, width, *others, **options)
+
+    monkeypatch.setattr("torchvision.transforms.functional.resized_crop", spy)
+    draws(augmentation, picture(0, (100, 100)), 20, 400)
+    assert smallest - 0.01 < min(areas) < smallest + 0.03
+    assert max(areas) > 0.9
+    assert 0.73 < min(aspects) < 0.8
+    assert 1.25 < max(aspects) < 1.37
+
+
+def test_colours_shift_along_the_principal_components():
+    grey = Image.new("RGB", (60, 60), (128, 128, 128))
+    shifts = torch.tensor(draws("resize_crop", grey, 30, 2000)[:, 0, 0].astype(np.float32)) - 128
+    # The covariance is V diag(0.1 * std)^2 V^T in 0..1.
+    expected = PCA_COMPONENTS @ torch.diag((25.5 * PCA_STD) ** 2) @ PCA_COMPONENTS.T
+    assert (shifts.T.cov() - expected).abs().max() < 0.15 * expected.max()
+    torch.testing.assert_close(PCA_COMPONENTS.T @ PCA_COMPONENTS, torch.eye(3), rtol=0, atol=2e-4)
+
+
+def test_images_held_out_are_not_trained_on_and_not_augmented(folder):
+    data = ready(folder, val_size=5, batch_size=7, augmentation="none")
+    train, _ = all_of(data.train_dataloader())
+    val, _ = all_of(data.val_dataloader())
+    everything, _ = all_of(ready(folder, augmentation="none").train_dataloader())
+    assert (len(train), len(val), data.num_samples("test")) == (7, 5, 4)
+    bytes_of = [
+        sorted(image.numpy().tobytes() for image in part) for part in (train, val, everything)
+    ]
+    assert sorted(bytes_of[0] + bytes_of[1]) == bytes_of[2]
+    augmented, _ = all_of(ready(folder, val_size=5).val_dataloader())
+    assert torch.equal(augmented, val)
+    other, _ = all_of(ready(folder, val_size=5, split_seed=1).val_dataloader())
+    assert not torch.equal(other, val)
+
+
+def test_a_test_folder_and_a_folder_to_predict(tmp_path):
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        picture(1, (30, 30)).save(tmp_path / split / "only" / "a.png")
+    picture(2, (30, 30)).save(tmp_path / "test" / "only" / "b.png")
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    for name in ("new/x.png", "new/deep/y.jpg"):
+        picture(3, (30, 30)).convert("L").save(tmp_path / name)
+    (tmp_path / "new" / "notes.txt").write_text("no image")
+    data = ready(tmp_path, predict_dir=str(tmp_path / "new"), batch_size=1)
+    assert [data.num_samples(split) for split in ("val", "test", "predict")] == [1, 2, 2]
+    assert data.predict_names == [str(tmp_path / "new/deep/y.jpg"), str(tmp_path / "new/x.png")]
+    images, labels = all_of(data.predict_dataloader())
+    assert images.shape == (2, 3, 24, 24)
+    assert labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_corrupt_image_is_named_in_one_line(tmp_path, num_workers):
+    for split in ("train", "val"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        picture(1, (30, 30)).save(tmp_path / split / "only" / "good.png")
+    (tmp_path / "train" / "only" / "bad.jpg").write_bytes(b"no image")
+    data = ready(tmp_path, batch_size=1, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"^cannot decode the image .*only/bad\.jpg \(") as caught:
+        all_of(data.train_dataloader())
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_are_explained_in_one_line(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"looked for .*nowhere/train/<class>/\*\.jpg"):
+        ready(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"looked for .*empty/\*\*/\*\.jpg"):
+        ready(folder, predict_dir=str(tmp_path / "empty"))
+    for changes, message in (
+        ({"augmentation": "cutmix"}, "'cutmix': give resize_crop, inception, mobile or none"),
+        ({"image_size": 0}, "image_size is 0: give at least 1"),
+        ({"num_workers": -1}, "num_workers is -1: give 0 or"),
+        ({"val_size": -1}, "val_size is -1: give 0 or"),
+        ({"val_size": 12}, "val_size is 12 of 12 training images: lower it"),
+        ({"batch_size": 13}, "asks for 13 of the 12 training images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ready(folder, **changes)
