@@ -115,6 +115,8 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if trainer.state.fn != "fit":
+            return  # a test of the best checkpoint forgets nothing of what came after it
         self.saved_step = checkpoint["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):

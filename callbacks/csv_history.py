@@ -9,10 +9,12 @@ from pytorch_lightning.utilities import rank_zero_only
 
 
 class CSVHistory(Logger):
-    """Writes one row per call of `log_metrics`, at once, and remembers how many rows it holds.
+    """Writes one row per call of `log_metrics`, at once.
 
     A checkpoint stores `num_rows` (see `RunCheckpoint`); whoever goes on from that checkpoint
     truncates the file to it, because what was logged after it will be logged again.
+
+    The file is the only state: processes that share a run, and forks of them, never disagree.
 
     Args:
         path: the file; an existing one is continued.
@@ -21,13 +23,6 @@ class CSVHistory(Logger):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        self.columns: list[str] = []
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.rows = [{key: value for key, value in row.items() if value} for row in reader]
-                self.columns = list(reader.fieldnames or [])
 
     @property
     def name(self) -> str:
@@ -39,7 +34,7 @@ class CSVHistory(Logger):
 
     @property
     def num_rows(self) -> int:
-        return len(self.rows)
+        return len(self.read())
 
     @rank_zero_only
     def log_hyperparams(self, params: dict) -> None:
@@ -48,24 +43,36 @@ class CSVHistory(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": str(step), **{key: repr(float(value)) for key, value in metrics.items()}}
-        self.rows.append(row)
-        if row.keys() <= set(self.columns):
+        columns = self.columns()
+        if row.keys() <= set(columns):
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+                csv.DictWriter(file, columns).writerow(row)
         else:
-            self.rewrite()
+            self.write([*self.read(), row])
 
     @rank_zero_only
     def truncate(self, num_rows: int) -> None:
         """Forgets all rows after the first `num_rows`, and the columns that only they had."""
-        self.rows = self.rows[:num_rows]
-        self.rewrite()
+        self.write(self.read()[:num_rows])
 
-    def rewrite(self) -> None:
-        self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
+    def columns(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file).fieldnames or [])
+
+    def read(self) -> list[dict[str, str]]:
+        """Returns the rows, without their empty cells."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+    def write(self, rows: list[dict[str, str]]) -> None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         part = self.path.with_suffix(".part")
         with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(rows)
         os.replace(part, self.path)

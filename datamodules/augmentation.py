@@ -47,15 +47,19 @@ class BatchTransform(nn.Module):
     def __init__(self, mean: Tensor, std: Tensor, padding: int):
         super().__init__()
         self.padding = padding
+        channels, height, width = (mean.shape[0], *(size + 2 * padding for size in mean.shape[1:]))
         offsets = torch.arange(2 * padding + 1)
         flip, top, left = torch.cartesian_prod(torch.arange(2), offsets, offsets).T.contiguous()
+        # Where the rows of pixels of each view start in a padded image, (num_views, C * H).
+        rows = torch.arange(channels * height).view(channels, height)[:, : mean.shape[1]].flatten()
+        row_starts = (top * width + left)[:, None] + rows * width
+
         self.register_buffer("flip", flip)
-        self.register_buffer("corner", top * (mean.shape[2] + 2 * padding) + left)
+        self.register_buffer("row_starts", row_starts)
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", -mean / std)
         copies = self.shift.expand(len(flip), *mean.shape)
-        shift_views = self._show(copies, torch.arange(len(flip)))
-        self.register_buffer("shift_views", shift_views.contiguous())
+        self.register_buffer("shift_views", self._show(copies, torch.arange(len(flip))))
 
     def forward(self, images: Tensor, views: Tensor | None = None) -> Tensor:
         """Normalises, and takes views with zeros around the normalised image.
@@ -69,25 +73,21 @@ class BatchTransform(nn.Module):
         """
         if views is None:
             return torch.addcmul(self.shift, images.float(), self.scale)
-        shown = self._show(images, views).to(torch.float32, memory_format=torch.contiguous_format)
+        shown = self._show(images, views).float()
         return self.shift_views.index_select(0, views).addcmul_(shown, self.scale)
 
     def _show(self, images: Tensor, views: Tensor) -> Tensor:
-        """Returns the views, (N, C, H, W), with gaps between the rows in memory."""
-        count, channels, height, width = images.shape
-        samples = torch.arange(count, device=images.device)
+        """Returns the views, (N, C, H, W), of images of any type."""
+        samples = torch.arange(len(images), device=images.device)
 
         # Flipping all and choosing is faster than finding those to flip, and no GPU has to wait.
         both = torch.cat([images, images.flip(3)])
-        chosen = both.index_select(0, self.flip.index_select(0, views) * count + samples)
+        chosen = both.index_select(0, self.flip.index_select(0, views) * len(images) + samples)
         padded = F.pad(chosen, [self.padding] * 4)
 
-        # A crop lies within one run of pixels, from its first to its last. Row s of the overlapping
-        # view `runs` is the run that starts at pixel s of the storage, so that one copy per image
-        # fetches the crop.
-        per_image, per_channel, per_row, _ = padded.stride()
-        length = (channels - 1) * per_channel + (height - 1) * per_row + width
-        runs = padded.as_strided((padded.numel() - length + 1, length), (1, 1))
-        starts = self.corner.index_select(0, views) + samples * per_image
-        crops = runs.index_select(0, starts)
-        return crops.as_strided(images.shape, (length, per_channel, per_row, 1))
+        # Entry s of the overlapping view `rows` is the row of pixels that starts at pixel s of the
+        # storage, so that a crop is a few copies of whole rows.
+        width = images.shape[3]
+        rows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
+        starts = self.row_starts.index_select(0, views) + samples[:, None] * padded.stride(0)
+        return rows.index_select(0, starts.flatten()).view(images.shape)

@@ -1,0 +1,38 @@
+"""A callback that compares the ranks of a distributed run; tests name it in their YAML."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class RanksAgree(Callback):
+    """Writes `agreement.json`: how many steps were compared, and what the ranks had in common."""
+
+    def __init__(self) -> None:
+        self.same_gates: list[bool] = []
+        self.batches: list[int] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        images = pl_module.all_gather(batch[0])
+        self.batches.append(int(torch.equal(images[0], images[1])))
+        if getattr(pl_module, "gates", None) is not None:
+            gates = pl_module.all_gather(pl_module.gates)
+            self.same_gates.append(torch.equal(gates[0], gates[1]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = torch.cat([p.detach().flatten() for p in pl_module.net.parameters()])
+        weights = pl_module.all_gather(weights)
+        report = {
+            "world_size": trainer.world_size,
+            "num_steps": trainer.global_step,
+            "same_weights": torch.equal(weights[0], weights[1]),
+            "same_gates": self.same_gates,
+            "same_images": self.batches,
+        }
+        if trainer.is_global_zero:
+            Path(trainer.default_root_dir, "agreement.json").write_text(json.dumps(report))

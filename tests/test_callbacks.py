@@ -1,0 +1,132 @@
+"""What the callbacks write: every number against one that is computed another way."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import launch
+import methods
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from callbacks import AtomicCheckpointIO, CSVHistory, GradientMagnitudeLogger
+from callbacks.operating_points import time_points
+from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
+from networks import CifarResNet
+
+COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_history_appends_widens_and_truncates(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    history = CSVHistory(path)
+    history.log_metrics({"a": 0.1}, step=0)
+    history.log_metrics({"a": 0.2}, step=1)
+    assert history.num_rows == 2
+    history.log_metrics({"b": 1.0}, step=1)
+    history.log_metrics({"a": 0.3}, step=2)
+    assert path.read_text().splitlines() == ["step,a,b", "0,0.1,", "1,0.2,", "1,,1.0", "2,0.3,"]
+    with path.open("a") as file:
+        file.write("3,0.")  # killed in the middle of a line
+    resumed = CSVHistory(path)
+    resumed.truncate(2)
+    assert path.read_text().splitlines() == ["step,a", "0,0.1", "1,0.2"]
+
+
+def test_logged_floats_are_exact(tmp_path: Path) -> None:
+    history = CSVHistory(tmp_path / "metrics.csv")
+    value = 1 / 3
+    history.log_metrics({"a": value}, step=0)
+    assert float(rows(history.path)[0]["a"]) == value
+
+
+def test_survival_file_counts_the_gates(tmp_path: Path) -> None:
+    config = methods.config("stochastic_depth")
+    config["trainer"]["callbacks"] = [{"class_path": "callbacks.SurvivalProbabilityLogger"}]
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config))
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+
+    # The gates are a function of (seed, step): draw them again.
+    method = LitStochasticDepth(CifarResNet(8), seed=config["seed_everything"])
+    drawn = []
+    for step in range(21):
+        type(method).global_step = step
+        drawn.append(method.draw_gates(1, 0))
+    del type(method).global_step
+    drawn = torch.stack(drawn)
+    written = rows(tmp_path / "run/survival.csv")
+    probs = survival_probabilities(3, 0.5, "linear")
+    assert [float(row["survival_prob"]) for row in written] == probs
+    rates = torch.tensor([float(row["survival_rate"]) for row in written])
+    torch.testing.assert_close(rates, drawn.mean(0))
+
+    logged = rows(tmp_path / "run/metrics.csv")
+    active = [float(v) for row in logged if (v := row["stochastic_depth/active_blocks"])]
+    expected = drawn.sum(1).reshape(3, 7).mean(1)
+    torch.testing.assert_close(torch.tensor(active), expected)
+    planned = {row["stochastic_depth/expected_active_blocks"] for row in logged} - {""}
+    assert {float(value) for value in planned} == {sum(probs)}
+
+
+def test_gradient_magnitude_is_the_mean_over_steps() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
+    callback = GradientMagnitudeLogger()
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((metrics, step)))
+    trainer = SimpleNamespace(loggers=[logger], current_epoch=4, global_step=7)
+    module = SimpleNamespace(net=net)
+    for value in (1.0, -3.0):
+        net[1].weight.grad = torch.full_like(net[1].weight, value)
+        callback.on_before_optimizer_step(trainer, module, None)
+    callback.on_train_epoch_end(trainer, module)
+    assert logged == [({"gradients/first_conv": 2.0, "epoch": 4}, 6)]
+
+
+def test_checkpoint_write_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({"step": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        files.save_checkpoint({"step": 2, "function": lambda: None}, path)
+    assert files.load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return print, ("executed",)
+
+
+def test_foreign_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"state": Harmful()}, path)
+    with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain data"):
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_time_is_per_image() -> None:
+    calls = []
+    points = {name: lambda images, name=name: calls.append(name) for name in ("a", "b")}
+    times = time_points(points, torch.zeros(4, 1), num_rounds=3)
+    assert calls == ["a", "b"] * 4  # in turns, the first round warms up
+    assert times.keys() == {"a", "b"}
+    assert all(value > 0 for value in times.values())
+
+
+def test_warm_up_then_milestones() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = WarmupMultiStepLR(optimizer, milestones=[4, 6], warmup=2)
+    rates = []
+    for _ in range(8):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
