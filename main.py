@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -88,10 +89,14 @@ class ExperimentCLI(LightningCLI):
         callbacks += [*(init.trainer.callbacks or []), OperatingPoints(), PredictionWriter()]
         if self.subcommand == "fit":
             callbacks.append(LearningRateMonitor())
+        plugins = [*(init.trainer.plugins or []), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            # Lightning's requeue saves in the middle of a batch, and in every loader worker.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         return super().instantiate_trainer(
             default_root_dir=str(self.run_folder.path),
             logger=False,  # fit opens them, once it knows that there is something to train
-            plugins=[*(init.trainer.plugins or []), AtomicCheckpointIO()],
+            plugins=plugins,
             callbacks=[*callbacks, init.checkpoint],
         )
 

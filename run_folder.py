@@ -97,8 +97,10 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        path = self.path / LAST
-        return path if path.exists() else None
+        """The newest checkpoint to go on from; one of Lightning's SLURM requeue counts too."""
+        paths = [self.path / LAST, *self.path.glob("hpc_ckpt_*.ckpt")]
+        found = [path for path in paths if path.exists()]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     @rank_zero_only
     def create(self) -> None:

@@ -4,7 +4,7 @@
 
 CifarResNet-20, batch 128, one batch of random images; network, memory format, loss and SGD are the
 same on both sides. The bare loop has no Trainer, no module, no data module: what it lacks is what
-is measured. The two take a step in turn, and the table shows medians. A GPU is used if there is one.
+is measured. The two take a step in turn; the table shows medians. A GPU is used if there is one.
 """
 
 import argparse

@@ -106,8 +106,8 @@ class ImageClassifier(pl.LightningModule):
         # Before the backward: the weights, and so the next checkpoint, are still good.
         if not loss.isfinite():
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}), "
-                "and the weights are not touched by it: lower the learning rate, then start again"
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})"
+                ", and the weights are not touched by it: lower the learning rate, then start again"
             )
 
     # --- training metrics -------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """The front door: what it refuses, in one line, and what it does with a run folder."""
 
+import ast
 import csv
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,3 +217,22 @@ def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     attempts = list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(attempts) == 2
     assert all(attempt.name.endswith(identity) for attempt in attempts)
+
+
+@pytest.mark.slow
+def test_import_stays_lean() -> None:
+    """Nobody waits for what he does not use: `--help` loads nothing heavy beside Lightning."""
+    program = (
+        "import sys, torch, pytorch_lightning\n"
+        "before = set(sys.modules)\n"
+        "import main\n"
+        "try: main.ExperimentCLI(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=launch.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    loaded = set(ast.literal_eval(output.splitlines()[-1]))
+    assert "callbacks" in loaded
+    assert not loaded & {"wandb", "sklearn", "scipy", "datamodules", "timm", "pandas", "matplotlib"}

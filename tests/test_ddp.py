@@ -78,7 +78,7 @@ def test_two_ranks_resume(tmp_path: Path) -> None:
 def test_plain_ddp_is_refused_with_the_remedy() -> None:
     method = LitStochasticDepth(CifarResNet(8))
     method.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match="set trainer.strategy to ddp_find_unused"):
+    with pytest.raises(ValueError, match=r"set trainer\.strategy to ddp_find_unused"):
         method.on_fit_start()
 
 

@@ -12,6 +12,7 @@ import methods
 import pytest
 import torch
 import yaml
+from torch import nn
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -145,3 +146,46 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     num_kills = 0
     kill_repeatedly(broken, moment)
     assert_same_run(whole, broken)
+
+
+class DropoutNet(nn.Module):
+    """Draws from the global generator in every step, as ordinary dropout does."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(1024, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.dropout(images.flatten(1)))
+
+
+def test_dropout_draws_the_same_after_a_kill(tmp_path: Path) -> None:
+    config = methods.config("resnet")
+    config["model"]["init_args"]["net"] = {"class_path": "test_resume.DropoutNet"}
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 4
+    assert_same_run(whole, broken)
+
+
+def test_newest_checkpoint_counts_under_slurm(tmp_path: Path) -> None:
+    """Lightning alone looks at `last.ckpt` or at its own `hpc_ckpt_*`, never at which is newer."""
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1"}
+    environment = launch.QUIET | slurm | {"SLURM_NTASKS_PER_NODE": "1"}
+    config = methods.config("resnet")
+    config["checkpoint"]["select"] = "last"
+    folder = write(tmp_path / "run_under_slurm", config)
+    assert launch.run(COMMAND, folder, environment)[0] == 0, (folder / "output.txt").read_text()
+    run = folder / "run"
+    finished = (run / "last.ckpt").read_bytes()
+    for path in run.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert launch.kill_when((run / "last.ckpt").exists, COMMAND, folder, environment)
+    (run / "hpc_ckpt_1.ckpt").write_bytes(finished)
+    before = (folder / "output.txt").stat().st_size
+    assert launch.run(COMMAND, folder, environment)[0] == 0
+    assert b"hpc_ckpt_1.ckpt" in (folder / "output.txt").read_bytes()[before:]
