@@ -1,12 +1,9 @@
 """Chance is a function of the step: the one place where random numbers come from.
 
 Every draw in this project (gates, widths, data order, augmentation, splits) is made by a generator
-that is
-built on the spot from what the draw is for: ``generator("gates", seed, step)``. Nothing has to be
-saved,
-restored or synchronised: a resumed run and every rank of a distributed one make the same draws
-because they
-ask the same question.
+that is built on the spot from what the draw is for: ``generator("gates", seed, step)``. Nothing has
+to be saved, restored or synchronised: a resumed run and every rank of a distributed one make the
+same draws because they ask the same question.
 """
 
 import hashlib

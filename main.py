@@ -2,8 +2,7 @@
 
     python main.py fit -c experiments/quickstart.yaml                       train, then test once
     python main.py fit -c experiments/... -c experiments/machines/gpu.yaml  the same on that machine
-    python main.py test -c experiments/...                                  evaluate what was
-    trained
+    python main.py test -c experiments/...                                  evaluate what is trained
 
 A run lives in `runs/<method>/<yaml stem>/seed<k>` (or `--run_dir`). Repeating the command of a
 killed run goes on from its newest checkpoint; a finished run says so.
@@ -12,21 +11,24 @@ killed run goes on from its newest checkpoint; a finished run says so.
 import logging
 import os
 import re
+import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar, Timer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from callbacks import AtomicCheckpointIO, OperatingPoints, PredictionWriter, RunCheckpoint
-from callbacks.operating_points import print_table
+from callbacks.operating_points import RESULT, print_table
 from lightning_modules import ImageClassifier
 from run_folder import RunFolder, Tracking
 
@@ -45,7 +47,6 @@ class ExperimentCLI(LightningCLI):
             args=args,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            seed_everything_default=0,
             # The run folder keeps the config: Lightning's callback raises when a requeued job finds
             # one.
             save_config_callback=None,
@@ -53,10 +54,19 @@ class ExperimentCLI(LightningCLI):
             load_from_checkpoint_support=False,
             parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
             trainer_defaults={
+                "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
                 # The loaders shard themselves, by (seed, epoch).
                 "use_distributed_sampler": False,
             },
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="Seed of the run: weights, order, augmentation, gates.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -77,28 +87,50 @@ class ExperimentCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything is {seed}: use 0 to 2^32 - 1")
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would lay a checkpoint's hyper-parameters over an edited YAML."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        init = self.config_init[self.subcommand]
+        if init.trainer.logger is not None or init.trainer.default_root_dir is not None:
+            raise ValueError(
+                "trainer.logger and trainer.default_root_dir are the run folder's: "
+                "use --wandb.mode and --run_dir"
+            )
         method = type(self.model).__module__.rsplit(".", 1)[-1]
         self.run_folder = RunFolder.of(self.config[self.subcommand], method)
-        self.run_folder.create()
-        init = self.config_init[self.subcommand]
+        if init.trainer.fast_dev_run:
+            self.run_folder.path = Path(tempfile.mkdtemp(prefix="fast_dev_run"))
         callbacks = [] if init.trainer.enable_progress_bar is False else [RichProgressBar()]
-        callbacks += [*(init.trainer.callbacks or []), OperatingPoints(), PredictionWriter()]
+        callbacks += [*(init.trainer.callbacks or []), PredictionWriter()]
         if self.subcommand == "fit":
-            callbacks.append(LearningRateMonitor())
+            callbacks += [OperatingPoints(), LearningRateMonitor()]
+        else:
+            # The result of the run stays what its fit measured.
+            callbacks.append(OperatingPoints(file_name="operating_points_again.csv"))
         plugins = [*(init.trainer.plugins or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             # Lightning's requeue saves in the middle of a batch, and in every loader worker.
             plugins.append(SLURMEnvironment(auto_requeue=False))
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             default_root_dir=str(self.run_folder.path),
             logger=False,  # fit opens them, once it knows that there is something to train
             plugins=plugins,
             callbacks=[*callbacks, init.checkpoint],
         )
+        tasks = int(os.environ.get("SLURM_NTASKS", 1))
+        if SLURMEnvironment.detect() and tasks != trainer.world_size:
+            raise ValueError(
+                f"SLURM started {tasks} tasks for {trainer.world_size} processes: make --ntasks "
+                "trainer.devices times trainer.num_nodes"
+            )
+        return trainer
 
     @property
     def checkpoint(self) -> RunCheckpoint:
@@ -112,29 +144,38 @@ class ExperimentCLI(LightningCLI):
         weights_only: bool | None,
     ) -> None:
         """Trains, or goes on training, then tests once."""
-        folder, trainer = self.run_folder, self.trainer
+        folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
+        tracking = self.config_init.fit.wandb
+        if trainer.fast_dev_run:
+            tracking.mode = "disabled"
+        folder.create()
+        folder.lock()
         self._dump_config()
         folder.check_config(self.config_dump)
-        if folder.is_finished(trainer):
+        if folder.is_finished(trainer, test):
             if rank_zero_only.rank == 0:
                 print(
-                    f"finished already: {folder.path}; for another run pass --run_dir or a new seed"
+                    f"finished already: {folder.path}; pass --run_dir or another seed for a new run"
                 )
-                print_table(folder.path)
+                print_table(folder.path / RESULT)
             return
-        resume_from = folder.last_checkpoint or ckpt_path
-        folder.record_attempt(self.config_dump)
-        trainer.loggers = folder.loggers(self.config_init.fit.wandb, self.config_dump)
-        trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
-        if self.config.fit.test_after_fit:
-            trainer.test(
-                model,
-                datamodule=datamodule,
-                ckpt_path=self.checkpoint.selected(trainer),
-                verbose=False,
+        resume_from = folder.last_checkpoint or self.run_file(ckpt_path)
+        if folder.last_checkpoint and ckpt_path:
+            rank_zero_warn(
+                f"goes on from {folder.last_checkpoint}, not from --ckpt_path {ckpt_path}"
             )
-        folder.mark_finished(trainer)
+        folder.record_attempt(self.config_dump)
+        trainer.loggers = folder.loggers(tracking, self.config_dump)
+        trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
+        if any(isinstance(c, Timer) and c.time_remaining() <= 0 for c in trainer.callbacks):
+            rank_zero_info("trainer.max_time is over: repeat the command to go on")
+            return
+        if test:
+            selected = self.checkpoint.selected(trainer)
+            trainer.test(model, datamodule=datamodule, ckpt_path=selected, verbose=False)
+        folder.mark_finished(trainer, tested=test)
         if trainer.is_global_zero:
+            print_table(folder.path / RESULT)
             print(folder.describe(trainer.loggers))
 
     def validate(
@@ -144,6 +185,7 @@ class ExperimentCLI(LightningCLI):
         ckpt_path: str | None,
         **how: Any,
     ) -> None:
+        """Prints the metrics of the validation split."""
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path))
 
     def test(
@@ -153,9 +195,11 @@ class ExperimentCLI(LightningCLI):
         ckpt_path: str | None,
         **how: Any,
     ) -> None:
-        self.trainer.test(
-            model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path), verbose=False
-        )
+        """Prints the operating points, and writes them to `operating_points_again.csv`."""
+        path = self.trained(ckpt_path)
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)
+        if self.trainer.is_global_zero:
+            print_table(self.run_folder.path / "operating_points_again.csv")
 
     def predict(
         self,
@@ -164,22 +208,29 @@ class ExperimentCLI(LightningCLI):
         ckpt_path: str | None,
         **how: Any,
     ) -> None:
-        self.trainer.predict(
-            model,
-            datamodule=datamodule,
-            ckpt_path=self.trained(ckpt_path),
-            return_predictions=False,
-        )
+        """Writes `predictions.csv`."""
+        path = self.trained(ckpt_path)
+        self.trainer.predict(model, datamodule=datamodule, ckpt_path=path, return_predictions=False)
 
-    def trained(self, ckpt_path: str | None) -> str:
+    def trained(self, ckpt_path: str | None) -> Path:
         """Returns the checkpoint to evaluate: the given one, else the selected one of the run."""
-        return ckpt_path or str(self.checkpoint.selected(self.trainer))
+        path = self.run_file(ckpt_path) or self.checkpoint.selected(self.trainer)
+        self.run_folder.create()
+        return path
+
+    def run_file(self, ckpt_path: str | None) -> Path | None:
+        """Returns the path of a checkpoint; "last" and "best" are those of the run folder."""
+        if ckpt_path in ("last", "best"):
+            return self.run_folder.path / f"{ckpt_path}.ckpt"
+        return ckpt_path and Path(ckpt_path)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit status: 0, or 2 after a user's mistake."""
+    """Runs one command line and returns its exit status: 0, 2 after a mistake, 128 + a signal."""
     # Lightning's advice about worker processes: our small sets are in memory and have none.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The metrics have been reduced over the ranks when they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
     # With SLURM's srun installed but not used, every Trainer would say so.
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
@@ -191,6 +242,12 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+    except SIGTERMException:
+        return (
+            128 + signal.SIGTERM
+        )  # Lightning exits with 0, and a scheduler would take it for done
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

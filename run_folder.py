@@ -1,18 +1,21 @@
 """The folder of a run: what makes a repeated command a resumed run.
 
 config.yaml            what is trained; a changed YAML is refused
-attempts.yaml          when, with which command, commit and versions it was started, one entry per
-start last.ckpt best.ckpt    see `callbacks.RunCheckpoint`
+attempts.yaml          one entry per start: time, command, commit, versions, hardware
+last.ckpt best.ckpt    see `callbacks.RunCheckpoint`
 metrics.csv            see `callbacks.CSVHistory`
 wandb_id wandb/        the W&B run that every attempt continues
 operating_points.csv   the result
 finished.yaml          where training stopped, written after the test
+lock                   held while a process trains here
 """
 
 import datetime
+import fcntl
 import netrc
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import uuid
@@ -30,10 +33,19 @@ from pytorch_lightning.utilities import rank_zero_only
 from callbacks import CSVHistory
 from callbacks.checkpointing import LAST
 
-# What may change between two attempts of one run, beside everything that says how long, where and
-# how verbosely it trains: a YAML's trainer section decides the result only through these.
-TRAINER_SCIENCE = ("accumulate_grad_batches", "gradient_clip_algorithm", "gradient_clip_val")
-TRAINER_SCIENCE += ("limit_train_batches", "overfit_batches")
+# Of a YAML's trainer and data sections, only this part decides the result; the rest says how long,
+# where and how verbosely a run trains, and may change between two attempts of it.
+TRAINER_SCIENCE = (
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "val_check_interval",
+)
+CHECKPOINT_SCIENCE = ("select", "monitor", "mode")
 DATA_LOGISTICS = ("data_dir", "eval_batch_size", "num_workers")
 
 
@@ -55,11 +67,13 @@ class Tracking:
 
     def resolve_mode(self) -> str:
         """Returns "online", "offline" or "disabled"; WANDB_MODE has the last word."""
-        if os.environ.get("WANDB_MODE"):
-            return os.environ["WANDB_MODE"]
-        if self.mode == "auto":
+        mode = os.environ.get("WANDB_MODE", self.mode)
+        if mode == "auto":
             return "online" if _logged_in() else "offline"
-        return self.mode
+        if mode == "online" and not _logged_in():
+            print("W&B: nobody is logged in (wandb login), so it tracks offline", file=sys.stderr)
+            return "offline"
+        return mode
 
 
 def _logged_in() -> bool:
@@ -89,18 +103,19 @@ class RunFolder:
     @classmethod
     def of(cls, config: Namespace, method: str) -> "RunFolder":
         """Returns the folder that a parsed command line means."""
-        files = config["config"] or []
-        stem = Path(str(files[0])).stem if files else "command_line"
+        files = [Path(str(file)) for file in config["config"] or []]
+        # The science file, also when a machine file stands before it.
+        science = [file for file in files if "model" in _read(file)]
+        stem = science[0].stem if science else "command_line"
         seed = config["seed_everything"]
         path = config["run_dir"] or Path("runs", method, stem, f"seed{seed}")
         return cls(Path(path), f"{method}/{stem}", seed)
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint to go on from; one of Lightning's SLURM requeue counts too."""
-        paths = [self.path / LAST, *self.path.glob("hpc_ckpt_*.ckpt")]
-        found = [path for path in paths if path.exists()]
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+        """The checkpoint to go on from."""
+        path = self.path / LAST
+        return path if path.exists() else None
 
     @rank_zero_only
     def create(self) -> None:
@@ -111,13 +126,26 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            (self.path / "lock").touch()
         except OSError as error:
             raise OSError(
                 f"cannot write the run folder {self.path} ({error.strerror}): "
                 "pass --run_dir with a folder that you may write"
+            ) from error
+
+    @rank_zero_only
+    def lock(self) -> None:
+        """Keeps other processes from training here, until this one ends, however it ends.
+
+        Raises:
+            ValueError: one does already.
+        """
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process trains in {self.path}: wait for it, or pass another --run_dir"
             ) from error
 
     # --- what is trained --------------------------------------------------------------------------
@@ -131,7 +159,7 @@ class RunFolder:
         path = self.path / "config.yaml"
         if self.last_checkpoint is None or not path.exists():
             return
-        there, here = (_science(c) for c in (yaml.safe_load(path.read_text()), config))
+        there, here = _science(_read(path)), _science(config)
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 raise ValueError(
@@ -141,22 +169,30 @@ class RunFolder:
 
     @rank_zero_only
     def record_attempt(self, config: dict[str, Any]) -> None:
-        """Writes the config, and a line in the diary."""
-        _write(self.path / "config.yaml", config)
+        """Writes the config, and an entry in the diary."""
+        _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         (self.path / "finished.yaml").unlink(missing_ok=True)
         with (self.path / "attempts.yaml").open("a") as file:
             yaml.safe_dump([environment()], file, sort_keys=False)
 
     # --- finished or not --------------------------------------------------------------------------
 
-    def is_finished(self, trainer: pl.Trainer) -> bool:
-        """Tells whether the run ended where this trainer would stop."""
+    def is_finished(self, trainer: pl.Trainer, test: bool) -> bool:
+        """Tells whether the run has been where this trainer would stop, and was tested if asked."""
         path = self.path / "finished.yaml"
-        return path.exists() and yaml.safe_load(path.read_text()) == _stop(trainer)
+        if not path.exists():
+            return False
+        there = _read(path)
+        enough = [
+            there.get(name) == limit or 0 < limit <= (there.get(name) or 0)
+            for name, limit in _limits(trainer).items()
+        ]
+        return all(enough) and (there.get("tested") or not test)
 
     @rank_zero_only
-    def mark_finished(self, trainer: pl.Trainer) -> None:
-        _write(self.path / "finished.yaml", _stop(trainer))
+    def mark_finished(self, trainer: pl.Trainer, tested: bool) -> None:
+        content = _limits(trainer) | {"tested": tested}
+        _write(self.path / "finished.yaml", yaml.safe_dump(content))
 
     # --- tracking ---------------------------------------------------------------------------------
 
@@ -174,9 +210,10 @@ class RunFolder:
     def _open_wandb(self, tracking: Tracking, mode: str, config: dict[str, Any]) -> Any:
         import wandb  # slow, and not every command tracks
 
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, a third of its default
         id_file = self.path / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
+            _write(id_file, uuid.uuid4().hex[:12])
         options = {
             "id": id_file.read_text(),
             "resume": "allow",
@@ -187,12 +224,13 @@ class RunFolder:
             "entity": tracking.entity,
             "tags": tracking.tags,
             "config": {**config, "environment": environment()},
-            "settings": wandb.Settings(init_timeout=60, silent=True),
+            "settings": wandb.Settings(silent=True),
         }
         try:
             run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:
-            print(f"W&B cannot be reached ({error}): tracking offline", file=sys.stderr)
+            print(f"W&B cannot be reached, so it tracks offline ({error})", file=sys.stderr)
+            wandb.teardown()  # the failed attempt still holds the id
             run = wandb.init(mode="offline", **options)
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -213,7 +251,7 @@ def environment() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
@@ -237,10 +275,14 @@ def _git(*args: str) -> str | None:
 
 def _science(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the dotted keys of a config that decide what is trained."""
-    trainer = {key: config["trainer"].get(key) for key in TRAINER_SCIENCE}
-    data = dict(config["data"])
-    data["init_args"] = {k: v for k, v in data["init_args"].items() if k not in DATA_LOGISTICS}
-    return _flatten({"model": config["model"], "data": data, "trainer": trainer})
+    parts = {
+        name: dict(config.get(name) or {}) for name in ("model", "data", "trainer", "checkpoint")
+    }
+    init_args = parts["data"].get("init_args") or {}
+    parts["data"]["init_args"] = {k: v for k, v in init_args.items() if k not in DATA_LOGISTICS}
+    parts["trainer"] = {key: parts["trainer"].get(key) for key in TRAINER_SCIENCE}
+    parts["checkpoint"] = {key: parts["checkpoint"].get(key) for key in CHECKPOINT_SCIENCE}
+    return _flatten(parts)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -253,11 +295,21 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _stop(trainer: pl.Trainer) -> dict[str, Any]:
+def _limits(trainer: pl.Trainer) -> dict[str, int]:
     return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: correct it, or delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no keys and values: correct it, or delete it")
+    return content
+
+
+def _write(path: Path, content: str) -> None:
     part = path.with_suffix(".part")
-    part.write_text(yaml.safe_dump(content, sort_keys=False))
+    part.write_text(content)
     os.replace(part, path)

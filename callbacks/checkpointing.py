@@ -1,5 +1,6 @@
 """Checkpoints of a run: written so that a kill at any moment leaves a valid one to go on from."""
 
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from callbacks.csv_history import CSVHistory
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+PREVIOUS = "previous.ckpt"
 
 
 class RunCheckpoint(Checkpoint):
@@ -64,8 +66,38 @@ class RunCheckpoint(Checkpoint):
         return path
 
     def save(self, trainer: Trainer, name: str) -> None:
-        self.saved_step = trainer.global_step
+        if name == LAST:
+            self.saved_step = trainer.global_step
+            self.keep_previous(trainer)
         trainer.save_checkpoint(self.path(trainer, name), weights_only=False)
+
+    def keep_previous(self, trainer: Trainer) -> None:
+        last = self.path(trainer, LAST)
+        if trainer.is_global_zero and last.exists():
+            self.path(trainer, PREVIOUS).unlink(missing_ok=True)
+            os.link(last, self.path(trainer, PREVIOUS))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # The loss that is not finite came right after this save: the step before it ruined the
+        # weights, and what was saved is no good.
+        ruined = (
+            isinstance(exception, FloatingPointError) and self.saved_step == trainer.global_step
+        )
+        if ruined and trainer.is_global_zero:
+            self.path(trainer, LAST).unlink()
+            if self.path(trainer, PREVIOUS).exists():
+                os.replace(self.path(trainer, PREVIOUS), self.path(trainer, LAST))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule
+        validates = trainer.limit_val_batches != 0 and (data is None or len(data.val_dataloader()))
+        if self.select == "best" and not validates:
+            raise ValueError(
+                "checkpoint.select is best, but nothing is validated: hold out a validation split "
+                "(val_size), or set checkpoint.select to last"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,7 +126,11 @@ class RunCheckpoint(Checkpoint):
             )
         score = trainer.callback_metrics[self.monitor].item()
         best = self.best_score
-        if best is None or (score > best if self.mode == "max" else score < best):
+        if (
+            best is None
+            or math.isnan(best)
+            or (score > best if self.mode == "max" else score < best)
+        ):
             self.best_score = score
             return True
         return False
@@ -111,12 +147,20 @@ class RunCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):
                 checkpoint["num_history_rows"] = logger.num_rows
+        checkpoint["world_size"] = trainer.world_size
+        checkpoint["mid_epoch"] = not trainer.is_last_batch
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != "fit":
             return  # a test of the best checkpoint forgets nothing of what came after it
+        world_size = checkpoint.get("world_size", trainer.world_size)
+        if checkpoint.get("mid_epoch") and world_size != trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was saved within an epoch by {world_size} processes, and "
+                f"{trainer.world_size} would see other images in the rest of it: use as many"
+            )
         self.saved_step = checkpoint["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):
@@ -124,15 +168,16 @@ class RunCheckpoint(Checkpoint):
 
 
 def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
-    """Tells whether validation or the end of the epoch follows this batch.
+    """Tells whether validation, or the end of the epoch or of the run, follows this batch.
 
-    Their checkpoints come soon. One in between is no place to go on from: Lightning would take the
-    validation for done.
+    Their checkpoints come soon. One in between is no place to go on from: Lightning would take what
+    follows for done.
     """
     period = trainer.val_check_batch
     by_epoch = trainer.check_val_every_n_epoch is not None
     batches = batch_idx + 1 if by_epoch else trainer.fit_loop.total_batch_idx + 1
-    return trainer.is_last_batch or (period is not None and batches % period == 0)
+    ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+    return ends or (period is not None and batches % period == 0)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -147,14 +192,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None
     ) -> None:
         part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except BaseException:
+        except BaseException as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError):  # how torch reports a full disk
+                raise OSError(f"cannot write {path}, the one before it is kept: {error}") from error
             raise
 
     def load_checkpoint(
@@ -166,8 +214,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no checkpoint {path}: correct --ckpt_path")
         try:
-            return super().load_checkpoint(path, map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{path} is not a checkpoint of tensors and plain data: use another, or delete it"
-            ) from error
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            # Lightning hands weights from forked ranks to their parent as a bare `.temp.ckpt`.
+            if "pytorch-lightning_version" in checkpoint or Path(path).name == ".temp.ckpt":
+                return checkpoint
+            problem: Exception | None = None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+            problem = error
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain data: copy another over it "
+            "(previous.ckpt, best.ckpt), or delete it to start anew"
+        ) from problem

@@ -16,25 +16,26 @@ from torch import Tensor
 
 from networks import count_macs, count_params
 
-FILE = "operating_points.csv"
+RESULT = "operating_points.csv"
 COLUMNS = ("name", "test_acc", "macs", "params", "ms_per_image")
 
 
 class OperatingPoints(Callback):
     """After a test, measures every operating point of the module and tells it everywhere.
 
-    Prints a table, writes `operating_points.csv` in the run folder, logs a W&B table.
+    Writes `operating_points.csv` in the run folder, logs a W&B table. `print_table` shows it.
 
     Reads of the module: `operating_points()`, `net`, and the logged `test/acc` of the point "full"
-    and
-    `test/acc_<name>` of the others.
+    and `test/acc_<name>` of the others.
 
     Args:
+        file_name: file in the run folder.
         batch_size: images per forward pass when time is measured.
         num_rounds: timed passes of each point, in turn; the median counts.
     """
 
-    def __init__(self, batch_size: int = 64, num_rounds: int = 5):
+    def __init__(self, file_name: str = RESULT, batch_size: int = 64, num_rounds: int = 5):
+        self.file_name = file_name
         self.batch_size = batch_size
         self.num_rounds = num_rounds
         self.images: Tensor | None = None
@@ -55,23 +56,23 @@ class OperatingPoints(Callback):
         if not trainer.is_global_zero:
             return
         points = pl_module.operating_points()
-        milliseconds = time_points(points, self.images, self.num_rounds)
+        # In the precision that the accuracy was measured in.
+        with trainer.precision_plugin.forward_context():
+            milliseconds = time_points(points, self.images, self.num_rounds)
+            macs = {name: count_macs(run, self.images[:1]) for name, run in points.items()}
         rows = []
-        for name, classify in points.items():
+        for name in points:
             accuracy = trainer.callback_metrics[
                 "test/acc" if name == "full" else f"test/acc_{name}"
             ]
-            macs = count_macs(classify, self.images[:1])
             params = count_params(pl_module.net)
-            rows.append((name, accuracy.item(), macs, params, milliseconds[name]))
-        with Path(trainer.default_root_dir, FILE).open("w", newline="") as file:
+            rows.append((name, accuracy.item(), macs[name], params, milliseconds[name]))
+        with Path(trainer.default_root_dir, self.file_name).open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table(
-                    "operating_points", columns=list(COLUMNS), data=[list(row) for row in rows]
-                )
-        print_table(Path(trainer.default_root_dir))
+                data = [list(row) for row in rows]
+                logger.log_table("operating_points", columns=list(COLUMNS), data=data)
 
 
 def time_points(
@@ -95,20 +96,20 @@ def synchronize(images: Tensor) -> None:
         torch.cuda.synchronize(images.device)
 
 
-def print_table(run_dir: Path) -> None:
-    """Prints the operating points that a run folder holds.
-
-    Raises:
-        FileNotFoundError: the folder holds none.
-    """
+def print_table(path: Path) -> None:
+    """Prints the operating points that a file holds; nothing if nothing was tested."""
+    if not path.exists():
+        return
     table = Table(title="operating points")
     for title in ("name", "test accuracy", "MACs", "parameters", "ms per image"):
         table.add_column(title, justify="left" if title == "name" else "right")
-    with (run_dir / FILE).open(newline="") as file:
+    with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            accuracy, macs, params = float(row["test_acc"]), int(row["macs"]), int(row["params"])
-            milliseconds = float(row["ms_per_image"])
             table.add_row(
-                row["name"], f"{accuracy:.2%}", f"{macs:,}", f"{params:,}", f"{milliseconds:.3f}"
+                row["name"],
+                f"{float(row['test_acc']):.2%}",
+                f"{int(row['macs']):,}",
+                f"{int(row['params']):,}",
+                f"{float(row['ms_per_image']):.3f}",
             )
     Console().print(table)

@@ -56,9 +56,9 @@ class ImageClassifier(pl.LightningModule):
 
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
         # dict.
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_acc = MulticlassAccuracy(net.num_classes, average="micro")
-        self.eval_loss = MeanMetric()
+        self.eval_loss = MeanMetric(nan_strategy="disable")
         self.eval_acc = nn.ModuleDict()
 
     # --- what a method says -----------------------------------------------------------------------
@@ -103,12 +103,16 @@ class ImageClassifier(pl.LightningModule):
         torch.manual_seed(key_to_seed(*key))
 
     def on_before_backward(self, loss: Tensor) -> None:
-        # Before the backward: the weights, and so the next checkpoint, are still good.
+        # Before the backward, so that it does not reach the weights.
         if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})"
-                ", and the weights are not touched by it: lower the learning rate, then start again"
-            )
+            self.refuse_loss(loss)
+
+    def refuse_loss(self, loss: Tensor) -> None:
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): "
+            "stopped, the last good checkpoint is kept; lower the learning rate and pass another "
+            "--run_dir"
+        )
 
     # --- training metrics -------------------------------------------------------------------------
 
@@ -150,23 +154,30 @@ class ImageClassifier(pl.LightningModule):
                 f"the network has {self.net.num_classes} classes and the data {data.num_classes}: "
                 f"set the network's num_classes to {data.num_classes}"
             )
+        first = next((m for m in self.net.modules() if isinstance(m, nn.Conv2d)), None)
+        if data is not None and first is not None and first.in_channels != data.image_shape[0]:
+            raise ValueError(
+                f"the network takes {first.in_channels} channels and the images have "
+                f"{data.image_shape[0]}: set the network's in_channels to {data.image_shape[0]}"
+            )
         for name in self.operating_points():
-            if name not in self.eval_acc:
+            if _key(name) not in self.eval_acc:
                 accuracy = MulticlassAccuracy(self.net.num_classes, average="micro")
-                self.eval_acc[name] = accuracy.to(self.device)
+                self.eval_acc[_key(name)] = accuracy.to(self.device)
 
     def eval_step(self, batch: Batch) -> None:
         images, labels = batch
         logits = self.evaluate(images)
         self.eval_loss.update(F.cross_entropy(logits[FULL], labels), len(labels))
-        for name, accuracy in self.eval_acc.items():
-            accuracy.update(logits[name], labels)
+        for name in self.operating_points():
+            self.eval_acc[_key(name)].update(logits[name], labels)
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:
         """Returns the metrics of an evaluation over all ranks, and starts anew."""
         metrics = {f"{split}/loss": self.eval_loss.compute()}
         self.eval_loss.reset()
-        for name, accuracy in self.eval_acc.items():
+        for name in self.operating_points():
+            accuracy = self.eval_acc[_key(name)]
             suffix = "" if name == FULL else f"_{name}"
             metrics[f"{split}/acc{suffix}"] = accuracy.compute()
             accuracy.reset()
@@ -176,7 +187,10 @@ class ImageClassifier(pl.LightningModule):
         self.eval_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.finish_evaluation("val").items():
+        metrics = self.finish_evaluation("val")
+        if not metrics["val/loss"].isfinite():
+            self.refuse_loss(metrics["val/loss"])
+        for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "val/acc")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -201,7 +215,7 @@ class ImageClassifier(pl.LightningModule):
         sums = {}
         for name in ("train_loss", "train_acc"):
             metric = getattr(self, name)
-            with metric.sync_context(should_sync=metric.update_called):
+            with metric.sync_context():
                 sums[name] = {key: value.clone() for key, value in metric.metric_state.items()}
         checkpoint["train_metrics"] = sums
 
@@ -227,6 +241,11 @@ class ImageClassifier(pl.LightningModule):
                 f"the checkpoint is of another network: {len(unlike)} tensors differ "
                 f"({unlike[0]}): use the YAML it was trained with, or another run folder"
             )
+
+
+def _key(name: str) -> str:
+    """Returns the name of an operating point as the name of a submodule, which holds no dot."""
+    return name.replace(".", "_")
 
 
 def _shape(tensor: Tensor | None) -> str:

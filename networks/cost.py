@@ -9,14 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
-    """Runs `function` on `images` and counts the multiply-accumulates of its convolutions and
-    linear layers.
+    """Runs `function` on `images` and counts multiply-accumulates of convolution and linear layers.
 
     BN, ReLU, pooling, biases and additions count 0, the convention of the papers (which say
-    "FLOPs"). Only
-    what is executed is counted: a closed gate, a narrow width or an early exit costs what it costs.
-    Works on
-    the meta device. Put the network in evaluation mode first, else its BN statistics take part.
+    "FLOPs"). Only what is executed is counted: a closed gate, a narrow width or an early exit costs
+    what it costs. Works on the meta device. Put the network in evaluation mode first, else its BN
+    statistics take part.
 
     Args:
         function: a network, or one of its operating points.

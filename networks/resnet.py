@@ -59,14 +59,23 @@ def add_gated(
     branch = residual(x if everyone else take_rows(x, rows)).to(shortcut.dtype)
     if (scale != 1).any():
         branch = branch * scale.to(branch).view(-1, 1, 1, 1)
-    return shortcut + branch if everyone else shortcut.index_add(0, rows, branch)
+    return shortcut + branch if everyone else add_rows(shortcut, rows, branch)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Returns ``x[rows]`` of x (N, C, H, W) in its memory format, which `index_select` loses."""
+    """Returns ``x[rows]`` of x (N, C, H, W), in its memory format."""
+    # index_select and index_add, and their gradients, answer in the default format.
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
     return x.index_select(0, rows)
+
+
+def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Returns x (N, C, H, W), in its memory format, with `values` added to ``x[rows]``."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        values = values.permute(0, 2, 3, 1)
+        return x.permute(0, 2, 3, 1).index_add(0, rows, values).permute(0, 3, 1, 2)
+    return x.index_add(0, rows, values)
 
 
 class PadShortcut(nn.Module):
@@ -142,7 +151,10 @@ class Block(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         out = add_gated(shortcut, self.residual, x, gate)
         # A closed identity block returns x, which an earlier ReLU has made non-negative.
-        return x if out is x else F.relu(out, inplace=True)
+        if out is x:
+            return x
+        # Per sample, `out` may be a view, and autograd would copy it to change it in place.
+        return F.relu(out, inplace=not isinstance(gate, Tensor))
 
 
 class BasicBlock(Block):

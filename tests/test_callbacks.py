@@ -92,11 +92,29 @@ def test_gradient_magnitude_is_the_mean_over_steps() -> None:
 def test_checkpoint_write_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     files = AtomicCheckpointIO()
-    files.save_checkpoint({"step": 1}, path)
+    content = {"step": 1, "pytorch-lightning_version": "2"}
+    files.save_checkpoint(content, path)
     with pytest.raises(Exception, match="pickle"):
         files.save_checkpoint({"step": 2, "function": lambda: None}, path)
-    assert files.load_checkpoint(path) == {"step": 1}
+    assert files.load_checkpoint(path) == content
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_full_disk_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    files = AtomicCheckpointIO()
+    content = {"step": 1, "pytorch-lightning_version": "2"}
+    files.save_checkpoint(content, path)
+
+    def full(*args: object) -> None:
+        raise RuntimeError("unexpected pos")  # what torch makes of a full disk
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="the one before it is kept"):
+        files.save_checkpoint(content, path)
+    assert files.load_checkpoint(path) == content
 
 
 class Harmful:

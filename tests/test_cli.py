@@ -2,8 +2,11 @@
 
 import ast
 import csv
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,13 @@ BAD = {
         },
         "use a schedule of the step or the epoch",
     ),
+    "other channels": ({NET + "in_channels": 3}, "set the network's in_channels to 1"),
+    "nothing to select by": (
+        {"data__init_args__val_size": 0},
+        "checkpoint.select is best, but nothing is validated",
+    ),
+    "logger": ({"trainer__logger": False}, "use --wandb.mode and --run_dir"),
+    "seed": ({"seed_everything": -1}, "seed_everything is -1: use 0 to"),
     "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),
     "unknown monitor": ({"checkpoint__monitor": "val/f1"}, "'val/f1' is not logged; there are: "),
 }
@@ -111,11 +121,20 @@ def test_mistake_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    lr = "model__init_args__optimizer__init_args__lr"
-    experiment(tmp_path, **{lr: 1e30, "checkpoint__every_n_steps": 1})
-    assert launch.run(COMMAND, tmp_path)[0] == 2
+    """The fourth step is the bad one. What was saved after it would be lost for good."""
+    scheduler = {
+        "class_path": "torch.optim.lr_scheduler.MultiStepLR",
+        "init_args": {"milestones": [3], "gamma": 1e30},
+    }
+    init = "model__init_args__"
+    changes = {init + "lr_scheduler": scheduler, init + "lr_interval": "step"}
+    experiment(tmp_path, **changes, checkpoint__every_n_steps=1)
+    status, output = launch.run(COMMAND, tmp_path)
+    assert_one_line(status, output, "at step 4 (epoch 0)")
     checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 1
+    assert checkpoint["global_step"] == 3
+    weights = [value for value in checkpoint["state_dict"].values() if value.is_floating_point()]
+    assert all(value.abs().max() < 100 for value in weights)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +152,17 @@ def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path: Path)
             ["test", "-c", "experiment.yaml", "--ckpt_path", "experiment.yaml"],
             "is not a checkpoint",
         ),
+        (["fit", "-c", "experiment.yaml", "--ckpt_path", "best"], "no checkpoint runs/"),
+        (["fit", "-c", "notes.txt"], "Unexpected config: no keys here"),
         (["fit"], "required"),
         (["train"], "invalid choice: 'train'"),
         ([], "{fit,validate,test,predict}"),
     ],
 )
 def test_mistake_on_the_command_line(args: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no keys here")
     assert_one_line(*launch.run(args, experiment(tmp_path)), message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_life_of_a_run_folder(tmp_path: Path) -> None:
@@ -170,7 +193,7 @@ def test_life_of_a_run_folder(tmp_path: Path) -> None:
     for command in ("validate", "test", "predict"):
         status, output = launch.run([command, *COMMAND[1:]], tmp_path)
         assert status == 0, output
-    with (run / "operating_points.csv").open(newline="") as file:
+    with (run / "operating_points_again.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["test_acc"]) == accuracy
     with (run / "predictions.csv").open(newline="") as file:
         predictions = list(csv.DictReader(file))
@@ -204,6 +227,97 @@ def test_run_folder_is_named_by_method_yaml_and_seed(tmp_path: Path) -> None:
     assert (tmp_path / "runs/stochastic_depth/experiment/seed3/finished.yaml").exists()
 
 
+def test_science_file_names_the_run_wherever_it_stands(tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__limit_train_batches=1)
+    (tmp_path / "cpu.yaml").write_text("trainer: {accelerator: cpu}")
+    args = ["fit", "-c", "cpu.yaml", "-c", "experiment.yaml"]
+    assert launch.run(args, tmp_path)[0] == 0
+    assert (tmp_path / "runs/stochastic_depth/experiment/seed7/finished.yaml").exists()
+
+
+def test_run_that_was_not_tested_can_be_tested_later(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    result = tmp_path / "run/operating_points.csv"
+    for args in ([*COMMAND, "--test_after_fit=false"], [*COMMAND, "--test_after_fit=false"]):
+        assert launch.run(args, tmp_path)[0] == 0
+        assert not result.exists()
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    assert result.exists()
+
+
+def test_evaluating_again_leaves_the_result_alone(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    result = tmp_path / "run/operating_points.csv"
+    before = result.read_bytes()
+    args = ["test", *COMMAND[1:], "--ckpt_path", "last", "--trainer.limit_test_batches=1"]
+    args.append("--data.init_args.eval_batch_size=9")
+    assert launch.run(args, tmp_path)[0] == 0
+    assert result.read_bytes() == before
+
+
+def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    status, output = launch.run([*COMMAND, "--trainer.fast_dev_run=true"], tmp_path)
+    assert status == 0, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_time_limit_is_not_the_end(tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__max_epochs=1000)
+    status, output = launch.run([*COMMAND, "--trainer.max_time=00:00:00:02"], tmp_path)
+    assert status == 0, output
+    assert "repeat the command to go on" in output
+    assert not (tmp_path / "run/finished.yaml").exists()
+    assert (tmp_path / "run/last.ckpt").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__max_epochs=1000)
+    first = launch.start(COMMAND, tmp_path)
+    while not (tmp_path / "run/last.ckpt").exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    status, output = launch.run(COMMAND, tmp_path)
+    first.kill()
+    first.join()
+    assert status == 2
+    assert "another process trains in run" in output
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_signal_is_no_success(number: int, status: int, tmp_path: Path) -> None:
+    experiment(tmp_path, trainer__max_epochs=1000)
+    process = launch.start(COMMAND, tmp_path)
+    while not (tmp_path / "run/last.ckpt").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == status
+    assert not (tmp_path / "run/finished.yaml").exists()
+    assert not (tmp_path / "run/operating_points.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "{", "config.yaml is no YAML"),
+        ("config.yaml", "", "config.yaml holds no keys"),
+        ("finished.yaml", "- 1", "finished.yaml holds no keys"),
+        ("last.ckpt", "PK", "last.ckpt is not a checkpoint"),
+    ],
+)
+def test_damaged_file_in_the_run_folder(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    experiment(tmp_path)
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    (tmp_path / "run" / name).write_text(content)
+    more = [] if name == "finished.yaml" else ["--trainer.max_epochs=2"]
+    assert_one_line(*launch.run([*COMMAND, *more], tmp_path), message)
+
+
 def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     experiment(tmp_path, trainer__max_epochs=2)
     # Nobody is logged in at that home.
@@ -217,6 +331,21 @@ def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     attempts = list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(attempts) == 2
     assert all(attempt.name.endswith(identity) for attempt in attempts)
+
+
+def test_unreachable_wandb_is_no_obstacle(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    environment = {
+        "WANDB_MODE": None,
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_INIT_TIMEOUT": "2",
+        "HOME": str(tmp_path),
+    }
+    status, output = launch.run(COMMAND, tmp_path, environment)
+    assert status == 0, output
+    assert "W&B cannot be reached, so it tracks offline" in output
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
 
 
 @pytest.mark.slow

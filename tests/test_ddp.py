@@ -60,6 +60,30 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
     assert accuracy() == of_two
 
 
+def test_two_ranks_predict_what_one_predicts(tmp_path: Path) -> None:
+    experiment(tmp_path, "resnet", {"max_epochs": 1, "limit_train_batches": 1, "callbacks": None})
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    answers = []
+    for arguments in ([], ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]):
+        status, output = launch.run(["predict", *COMMAND[1:], *arguments], tmp_path)
+        assert status == 0, output
+        with (tmp_path / "run/predictions.csv").open(newline="") as file:
+            answers.append([(row["image"], row["class"]) for row in csv.DictReader(file)])
+    assert len(answers[0]) == 360
+    assert answers[0] == answers[1]
+
+
+def test_other_number_of_ranks_within_an_epoch_is_refused(tmp_path: Path) -> None:
+    experiment(tmp_path, "stochastic_depth", {"callbacks": None})
+    last = tmp_path / "run/last.ckpt"
+    assert launch.kill_when(last.exists, COMMAND, tmp_path)
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp_fork_find_unused_parameters_true"]
+    status, output = launch.run([*COMMAND, *more], tmp_path)
+    assert status != 0
+    assert "was saved within an epoch by 1 processes" in output
+
+
 def test_two_ranks_resume(tmp_path: Path) -> None:
     weights = []
     for name in ("whole", "broken"):

@@ -1,7 +1,9 @@
 """A run killed anywhere and started again by the same command ends as if nothing had happened."""
 
 import csv
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +142,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         num_kills += 1
         if num_kills > 5:
             return lambda: False
-        end = time.monotonic() + random.uniform(0, duration)
+        delay = random.uniform(0, duration)
+        print(f"kill {num_kills} after {delay:.3f} s")  # shown if the test fails
+        end = time.monotonic() + delay
         return lambda: time.monotonic() > end
 
     num_kills = 0
@@ -171,21 +175,55 @@ def test_dropout_draws_the_same_after_a_kill(tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
-def test_newest_checkpoint_counts_under_slurm(tmp_path: Path) -> None:
-    """Lightning alone looks at `last.ckpt` or at its own `hpc_ckpt_*`, never at which is newer."""
+def test_killed_while_testing(tmp_path: Path) -> None:
+    config = methods.config("resnet")
+    config["trainer"]["max_epochs"] = 1
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    output = broken / "output.txt"
+
+    def testing() -> bool:
+        return output.exists() and "Restoring states from" in output.read_text()
+
+    assert launch.kill_when(testing, COMMAND, broken)
+    assert launch.run(COMMAND, broken)[0] == 0, (broken / "output.txt").read_text()
+    assert_same_run(whole, broken)
+
+
+def test_more_epochs_go_on(tmp_path: Path) -> None:
+    config = methods.config("stochastic_depth")
+    whole, grown = write(tmp_path / "whole", config), write(tmp_path / "grown", config)
+    assert launch.run(COMMAND, whole)[0] == 0
+    for num_epochs in (1, 3):
+        args = [*COMMAND, f"--trainer.max_epochs={num_epochs}", "--test_after_fit=false"]
+        assert launch.run(args, grown)[0] == 0, (grown / "output.txt").read_text()
+    assert launch.run(COMMAND, grown)[0] == 0
+    assert_same_run(whole, grown)
+
+
+def test_lightnings_own_requeue_is_off_under_slurm(tmp_path: Path) -> None:
+    """It would save in the middle of a batch. SIGUSR1 ends the run; a repeated command resumes."""
     slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1"}
     environment = launch.QUIET | slurm | {"SLURM_NTASKS_PER_NODE": "1"}
     config = methods.config("resnet")
-    config["checkpoint"]["select"] = "last"
-    folder = write(tmp_path / "run_under_slurm", config)
-    assert launch.run(COMMAND, folder, environment)[0] == 0, (folder / "output.txt").read_text()
-    run = folder / "run"
-    finished = (run / "last.ckpt").read_bytes()
-    for path in run.iterdir():
-        if path.is_file():
-            path.unlink()
-    assert launch.kill_when((run / "last.ckpt").exists, COMMAND, folder, environment)
-    (run / "hpc_ckpt_1.ckpt").write_bytes(finished)
-    before = (folder / "output.txt").stat().st_size
-    assert launch.run(COMMAND, folder, environment)[0] == 0
-    assert b"hpc_ckpt_1.ckpt" in (folder / "output.txt").read_bytes()[before:]
+    config["trainer"]["max_epochs"] = 1000
+    folder = write(tmp_path / "folder", config)
+    process = launch.start(COMMAND, folder, environment)
+    while not (folder / "run/last.ckpt").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join()
+    assert process.exitcode == -signal.SIGUSR1
+    assert not list(folder.rglob("hpc_ckpt*"))
+    assert launch.run([*COMMAND, "--trainer.max_epochs=1"], folder, environment)[0] == 0
+
+
+def test_wrong_number_of_slurm_tasks_is_refused(tmp_path: Path) -> None:
+    """Each of two tasks that believe to be alone would write the same files."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1"}
+    folder = write(tmp_path / "folder", methods.config("resnet"))
+    environment = launch.QUIET | slurm | {"SLURM_NTASKS_PER_NODE": "2"}
+    status, output = launch.run(COMMAND, folder, environment)
+    assert status == 2
+    assert "SLURM started 2 tasks for 1 processes" in output
