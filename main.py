@@ -243,9 +243,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
     except SIGTERMException:
-        return (
-            128 + signal.SIGTERM
-        )  # Lightning exits with 0, and a scheduler would take it for done
+        # Lightning alone would exit with 0, and a scheduler would take the run for done.
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

@@ -1,13 +1,15 @@
 """The folder of a run: what makes a repeated command a resumed run.
 
-config.yaml            what is trained; a changed YAML is refused
-attempts.yaml          one entry per start: time, command, commit, versions, hardware
-last.ckpt best.ckpt    see `callbacks.RunCheckpoint`
-metrics.csv            see `callbacks.CSVHistory`
-wandb_id wandb/        the W&B run that every attempt continues
-operating_points.csv   the result
-finished.yaml          where training stopped, written after the test
-lock                   held while a process trains here
+What it holds:
+
+    config.yaml            what is trained; a changed YAML is refused
+    attempts.yaml          one entry per start: time, command, commit, versions, hardware
+    {last,best}.ckpt       see `callbacks.RunCheckpoint`, as is previous.ckpt
+    metrics.csv            see `callbacks.CSVHistory`
+    wandb_id wandb/        the W&B run that every attempt continues
+    operating_points.csv   the result
+    finished.yaml          where training stopped, and whether it was tested
+    lock                   held while a process trains here
 """
 
 import datetime

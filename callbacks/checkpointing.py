@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,9 @@ class RunCheckpoint(Checkpoint):
     """Keeps `last.ckpt` and `best.ckpt` in the trainer's `default_root_dir`.
 
     `last.ckpt` is saved after every validation, every epoch, and every `every_n_steps` optimizer
-    steps; `best.ckpt` when the monitored metric improves. With both goes the number of rows of the
-    CSV history.
+    steps; `best.ckpt` when the monitored metric improves. `previous.ckpt` is the one before the
+    last: if the loss right after a save is not finite, it takes the place of `last.ckpt`. With each
+    goes the number of rows of the CSV history.
 
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
@@ -74,19 +76,21 @@ class RunCheckpoint(Checkpoint):
     def keep_previous(self, trainer: Trainer) -> None:
         last = self.path(trainer, LAST)
         if trainer.is_global_zero and last.exists():
-            self.path(trainer, PREVIOUS).unlink(missing_ok=True)
-            os.link(last, self.path(trainer, PREVIOUS))
+            previous = self.path(trainer, PREVIOUS)
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(last, previous)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, previous)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         # The loss that is not finite came right after this save: the step before it ruined the
         # weights, and what was saved is no good.
-        ruined = (
-            isinstance(exception, FloatingPointError) and self.saved_step == trainer.global_step
-        )
-        if ruined and trainer.is_global_zero:
-            self.path(trainer, LAST).unlink()
+        is_new = self.saved_step == trainer.global_step
+        if isinstance(exception, FloatingPointError) and is_new and trainer.is_global_zero:
+            self.path(trainer, LAST).unlink(missing_ok=True)
             if self.path(trainer, PREVIOUS).exists():
                 os.replace(self.path(trainer, PREVIOUS), self.path(trainer, LAST))
 
