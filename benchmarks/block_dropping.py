@@ -95,6 +95,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--contiguous",
+        action="store_true",
+        help="torch's default memory format instead of channels_last, in which our modules train",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -102,7 +107,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     base = CifarResNet(options.depth, shortcut="A-average")
-    base.to(device, memory_format=torch.channels_last)  # as the modules train it
+    memory_format = torch.contiguous_format if options.contiguous else torch.channels_last
+    base.to(device, memory_format=memory_format)
     images = torch.randn(options.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (options.batch_size,), device=device)
     depths = torch.arange(1, base.num_blocks + 1) / base.num_blocks

@@ -30,6 +30,7 @@ class SameBatch(LightningDataModule):
     """Serves one batch again and again; between two of its steps the bare loop takes one."""
 
     num_classes = 10
+    image_shape = (3, 32, 32)
 
     def __init__(self, images: Tensor, labels: Tensor, num_steps: int, bare_step, seconds: dict):
         super().__init__()
@@ -61,7 +62,7 @@ class SameBatch(LightningDataModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -57,7 +57,7 @@ class ImageClassifier(pl.LightningModule):
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
         # dict.
         self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_acc = MulticlassAccuracy(net.num_classes, average="micro")
+        self.train_acc = MulticlassAccuracy(net.num_classes, average="micro", validate_args=False)
         self.eval_loss = MeanMetric(nan_strategy="disable")
         self.eval_acc = nn.ModuleDict()
 
@@ -100,7 +100,10 @@ class ImageClassifier(pl.LightningModule):
         # saving its state, serves every rank and every device, and a checkpoint of another number
         # of ranks.
         key = ("train", self.seed, self.global_step, batch_idx, self.global_rank)
-        torch.manual_seed(key_to_seed(*key))
+        # Not torch.manual_seed: it formats a stack trace, every step, for devices not there.
+        torch.default_generator.manual_seed(key_to_seed(*key))
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(key_to_seed(*key))
 
     def on_before_backward(self, loss: Tensor) -> None:
         # Before the backward, so that it does not reach the weights.
@@ -162,7 +165,9 @@ class ImageClassifier(pl.LightningModule):
             )
         for name in self.operating_points():
             if _key(name) not in self.eval_acc:
-                accuracy = MulticlassAccuracy(self.net.num_classes, average="micro")
+                accuracy = MulticlassAccuracy(
+                    self.net.num_classes, average="micro", validate_args=False
+                )
                 self.eval_acc[_key(name)] = accuracy.to(self.device)
 
     def eval_step(self, batch: Batch) -> None:
