@@ -28,7 +28,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from callbacks import AtomicCheckpointIO, OperatingPoints, PredictionWriter, RunCheckpoint
-from callbacks.operating_points import RESULT, print_table
+from callbacks.operating_points import AGAIN, RESULT, print_table
 from lightning_modules import ImageClassifier
 from run_folder import RunFolder, Tracking
 
@@ -105,7 +105,7 @@ class ExperimentCLI(LightningCLI):
             )
         method = type(self.model).__module__.rsplit(".", 1)[-1]
         self.run_folder = RunFolder.of(self.config[self.subcommand], method)
-        if init.trainer.fast_dev_run:
+        if init.trainer.fast_dev_run and self.subcommand == "fit":
             self.run_folder.path = Path(tempfile.mkdtemp(prefix="fast_dev_run"))
         callbacks = [] if init.trainer.enable_progress_bar is False else [RichProgressBar()]
         callbacks += [*(init.trainer.callbacks or []), PredictionWriter()]
@@ -113,7 +113,7 @@ class ExperimentCLI(LightningCLI):
             callbacks += [OperatingPoints(), LearningRateMonitor()]
         else:
             # The result of the run stays what its fit measured.
-            callbacks.append(OperatingPoints(file_name="operating_points_again.csv"))
+            callbacks.append(OperatingPoints(file_name=AGAIN))
         plugins = [*(init.trainer.plugins or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             # Lightning's requeue saves in the middle of a batch, and in every loader worker.
@@ -128,7 +128,7 @@ class ExperimentCLI(LightningCLI):
         if SLURMEnvironment.detect() and tasks != trainer.world_size:
             raise ValueError(
                 f"SLURM started {tasks} tasks for {trainer.world_size} processes: make --ntasks "
-                "trainer.devices times trainer.num_nodes"
+                "trainer.devices times trainer.num_nodes, and start them with srun"
             )
         return trainer
 
@@ -199,7 +199,7 @@ class ExperimentCLI(LightningCLI):
         path = self.trained(ckpt_path)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)
         if self.trainer.is_global_zero:
-            print_table(self.run_folder.path / "operating_points_again.csv")
+            print_table(self.run_folder.path / AGAIN)
 
     def predict(
         self,

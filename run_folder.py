@@ -7,7 +7,8 @@ What it holds:
     {last,best}.ckpt       see `callbacks.RunCheckpoint`, as is previous.ckpt
     metrics.csv            see `callbacks.CSVHistory`
     wandb_id wandb/        the W&B run that every attempt continues
-    operating_points.csv   the result
+    operating_points.csv   the result; `test` writes operating_points_again.csv
+    survival.csv predictions.csv   see `callbacks`
     finished.yaml          where training stopped, and whether it was tested
     lock                   held while a process trains here
 """
@@ -68,8 +69,10 @@ class Tracking:
     tags: list[str] | None = None
 
     def resolve_mode(self) -> str:
-        """Returns "online", "offline" or "disabled"; WANDB_MODE has the last word."""
-        mode = os.environ.get("WANDB_MODE", self.mode)
+        """Returns "online", "offline" or "disabled"; WANDB_MODE wins over the others."""
+        if self.mode == "disabled":
+            return self.mode
+        mode = os.environ.get("WANDB_MODE") or self.mode
         if mode == "auto":
             return "online" if _logged_in() else "offline"
         if mode == "online" and not _logged_in():
@@ -145,10 +148,12 @@ class RunFolder:
         self._lock = (self.path / "lock").open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise ValueError(
                 f"another process trains in {self.path}: wait for it, or pass another --run_dir"
             ) from error
+        except OSError:
+            pass  # a file system without locks: nothing to hold
 
     # --- what is trained --------------------------------------------------------------------------
 
@@ -231,7 +236,9 @@ class RunFolder:
         try:
             run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:
-            print(f"W&B cannot be reached, so it tracks offline ({error})", file=sys.stderr)
+            print(
+                f"W&B refused or was not reached, so it tracks offline ({error})", file=sys.stderr
+            )
             wandb.teardown()  # the failed attempt still holds the id
             run = wandb.init(mode="offline", **options)
         run.define_metric("trainer/global_step")

@@ -81,14 +81,16 @@ class RunCheckpoint(Checkpoint):
             try:
                 os.link(last, previous)
             except OSError:  # a file system without hard links
-                shutil.copyfile(last, previous)
+                part = self.path(trainer, f"{PREVIOUS}.part")
+                shutil.copyfile(last, part)
+                os.replace(part, previous)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         # The loss that is not finite came right after this save: the step before it ruined the
         # weights, and what was saved is no good.
-        is_new = self.saved_step == trainer.global_step
+        is_new = trainer.state.fn == "fit" and self.saved_step == trainer.global_step
         if isinstance(exception, FloatingPointError) and is_new and trainer.is_global_zero:
             self.path(trainer, LAST).unlink(missing_ok=True)
             if self.path(trainer, PREVIOUS).exists():
@@ -121,9 +123,9 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, LAST)
 
     def improved(self, trainer: Trainer) -> bool:
-        if self.select == "last":
-            return False
         if self.monitor not in trainer.callback_metrics:
+            if self.select == "last":
+                return False
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(
                 f"checkpoint.monitor {self.monitor!r} is not logged; there are: {known}"
@@ -165,6 +167,8 @@ class RunCheckpoint(Checkpoint):
                 f"the checkpoint was saved within an epoch by {world_size} processes, and "
                 f"{trainer.world_size} would see other images in the rest of it: use as many"
             )
+        # max_time limits an attempt; the Timer would count those before it.
+        checkpoint["callbacks"].pop("Timer", None)
         self.saved_step = checkpoint["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):
@@ -185,8 +189,7 @@ def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and then renames, so that a checkpoint is either the old one or the
-    new one.
+    """Writes beside the file, then renames: a checkpoint is either the old one or the new one.
 
     Loads tensors and plain data only: a checkpoint that holds other pickles is refused, not
     executed.

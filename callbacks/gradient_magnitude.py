@@ -8,8 +8,7 @@ from torch.optim import Optimizer
 
 
 class GradientMagnitudeLogger(Callback):
-    """Logs `gradients/first_conv` every epoch: mean |gradient| of the first convolution over the
-    steps.
+    """Logs `gradients/first_conv`, the epoch's mean |gradient| of the first convolution.
 
     Reads of the module: `net`.
     """

@@ -17,6 +17,9 @@ from torch import Tensor
 from networks import count_macs, count_params
 
 RESULT = "operating_points.csv"
+AGAIN = "operating_points_again.csv"
+BATCH_SIZE = 64  # images per forward pass when time is measured
+NUM_ROUNDS = 5  # timed passes of each point, in turn; the median counts
 COLUMNS = ("name", "test_acc", "macs", "params", "ms_per_image")
 
 
@@ -30,14 +33,10 @@ class OperatingPoints(Callback):
 
     Args:
         file_name: file in the run folder.
-        batch_size: images per forward pass when time is measured.
-        num_rounds: timed passes of each point, in turn; the median counts.
     """
 
-    def __init__(self, file_name: str = RESULT, batch_size: int = 64, num_rounds: int = 5):
+    def __init__(self, file_name: str = RESULT):
         self.file_name = file_name
-        self.batch_size = batch_size
-        self.num_rounds = num_rounds
         self.images: Tensor | None = None
 
     def on_test_batch_start(
@@ -49,7 +48,7 @@ class OperatingPoints(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0:
-            self.images = batch[0][: self.batch_size]
+            self.images = batch[0][:BATCH_SIZE]
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +57,7 @@ class OperatingPoints(Callback):
         points = pl_module.operating_points()
         # In the precision that the accuracy was measured in.
         with trainer.precision_plugin.forward_context():
-            milliseconds = time_points(points, self.images, self.num_rounds)
+            milliseconds = time_points(points, self.images)
             macs = {name: count_macs(run, self.images[:1]) for name, run in points.items()}
         rows = []
         for name in points:
@@ -76,11 +75,11 @@ class OperatingPoints(Callback):
 
 
 def time_points(
-    points: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor, num_rounds: int
+    points: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor
 ) -> dict[str, float]:
     """Returns the median milliseconds per image of each point; the points take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in points}
-    for number in range(num_rounds + 1):
+    for number in range(NUM_ROUNDS + 1):
         for name, classify in points.items():
             synchronize(images)
             start = time.perf_counter()

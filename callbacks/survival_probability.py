@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 class SurvivalProbabilityLogger(Callback):
-    """Logs p_l per block, the expected and realised number of active blocks, and each block's
-    survival rate.
+    """Logs p_l and the survival rate of each block, and how many blocks were active.
 
     Every epoch: `stochastic_depth/active_blocks` (mean over the epoch's steps) beside
     `stochastic_depth/expected_active_blocks`. In W&B, and as `survival.csv` in the run folder:

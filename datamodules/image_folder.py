@@ -67,7 +67,7 @@ class ImageFiles(Dataset):
 
 
 def use_one_thread(worker: int) -> None:
-    """Starts a worker: there are as many workers as cores, so that each may use one."""
+    """Starts a worker: they run side by side, so that each may use one core."""
     torch.set_num_threads(1)
 
 

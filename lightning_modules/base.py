@@ -106,8 +106,12 @@ class ImageClassifier(pl.LightningModule):
             torch.cuda.manual_seed(key_to_seed(*key))
 
     def on_before_backward(self, loss: Tensor) -> None:
-        # Before the backward, so that it does not reach the weights.
-        if not loss.isfinite():
+        # Before the backward, so that it does not reach the weights; on all ranks, so that none of
+        # them waits for one that has stopped.
+        is_bad = (~loss.detach().isfinite()).float()
+        if self.trainer.world_size > 1:
+            is_bad = self.trainer.strategy.reduce(is_bad, reduce_op="sum")
+        if is_bad:
             self.refuse_loss(loss)
 
     def refuse_loss(self, loss: Tensor) -> None:
@@ -181,6 +185,8 @@ class ImageClassifier(pl.LightningModule):
         """Returns the metrics of an evaluation over all ranks, and starts anew."""
         metrics = {f"{split}/loss": self.eval_loss.compute()}
         self.eval_loss.reset()
+        if not metrics[f"{split}/loss"].isfinite():
+            self.refuse_loss(metrics[f"{split}/loss"])
         for name in self.operating_points():
             accuracy = self.eval_acc[_key(name)]
             suffix = "" if name == FULL else f"_{name}"
@@ -192,10 +198,7 @@ class ImageClassifier(pl.LightningModule):
         self.eval_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.finish_evaluation("val")
-        if not metrics["val/loss"].isfinite():
-            self.refuse_loss(metrics["val/loss"])
-        for name, value in metrics.items():
+        for name, value in self.finish_evaluation("val").items():
             self.log(name, value, prog_bar=name == "val/acc")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmupMultiStepLR(LambdaLR):
-    """A constant low rate, then the optimizer's rate, multiplied by `gamma` at each milestone.
+    """A tenth of the optimizer's rate at first, then all of it, divided by 10 at each milestone.
 
     Epochs or optimizer steps, according to the module's `lr_interval`, counted from 0. He et al.
     warm ResNet-110 up at a tenth of the rate for about 400 steps; Huang et al. the 1202 layers for
@@ -17,21 +17,12 @@ class WarmupMultiStepLR(LambdaLR):
         optimizer: holds the base rate.
         milestones: where the rate falls.
         warmup: length of the warm-up.
-        warmup_factor: share of the base rate during the warm-up.
-        gamma: factor at each milestone.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        milestones: Sequence[int],
-        warmup: int,
-        warmup_factor: float = 0.1,
-        gamma: float = 0.1,
-    ):
+    def __init__(self, optimizer: Optimizer, milestones: Sequence[int], warmup: int):
         def factor(time: int) -> float:
             if time < warmup:
-                return warmup_factor
-            return gamma ** sum(time >= milestone for milestone in milestones)
+                return 0.1
+            return 0.1 ** sum(time >= milestone for milestone in milestones)
 
         super().__init__(optimizer, factor)

@@ -1,6 +1,7 @@
 """What the callbacks write: every number against one that is computed another way."""
 
 import csv
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from callbacks import AtomicCheckpointIO, CSVHistory, GradientMagnitudeLogger
+from callbacks import AtomicCheckpointIO, CSVHistory, GradientMagnitudeLogger, RunCheckpoint
 from callbacks.operating_points import time_points
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
@@ -117,6 +118,16 @@ def test_full_disk_leaves_the_old_checkpoint(
     assert files.load_checkpoint(path) == content
 
 
+@pytest.mark.parametrize(("mode", "better", "worse"), [("min", 1.0, 2.0), ("max", 2.0, 1.0)])
+def test_best_is_the_best(mode: str, better: float, worse: float) -> None:
+    checkpoint = RunCheckpoint(select="best", monitor="score", mode=mode)
+    seen = []
+    for score in (math.nan, 1.5, worse, better, better):
+        trainer = SimpleNamespace(callback_metrics={"score": torch.tensor(score)})
+        seen.append(checkpoint.improved(trainer))
+    assert seen == [True, True, False, True, False]
+
+
 class Harmful:
     def __reduce__(self) -> tuple:
         return print, ("executed",)
@@ -133,8 +144,8 @@ def test_foreign_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_time_is_per_image() -> None:
     calls = []
     points = {name: lambda images, name=name: calls.append(name) for name in ("a", "b")}
-    times = time_points(points, torch.zeros(4, 1), num_rounds=3)
-    assert calls == ["a", "b"] * 4  # in turns, the first round warms up
+    times = time_points(points, torch.zeros(4, 1))
+    assert calls == ["a", "b"] * 6  # in turns, the first round warms up
     assert times.keys() == {"a", "b"}
     assert all(value > 0 for value in times.values())
 

@@ -256,6 +256,13 @@ def test_evaluating_again_leaves_the_result_alone(tmp_path: Path) -> None:
     assert result.read_bytes() == before
 
 
+def test_best_is_kept_also_where_the_last_is_selected(tmp_path: Path) -> None:
+    experiment(tmp_path, checkpoint__select="last")
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    assert (tmp_path / "run/best.ckpt").exists()
+    assert "run/last.ckpt" in (tmp_path / "output.txt").read_text()
+
+
 def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:
     experiment(tmp_path)
     status, output = launch.run([*COMMAND, "--trainer.fast_dev_run=true"], tmp_path)
@@ -265,11 +272,29 @@ def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_time_limit_is_not_the_end(tmp_path: Path) -> None:
     experiment(tmp_path, trainer__max_epochs=1000)
-    status, output = launch.run([*COMMAND, "--trainer.max_time=00:00:00:02"], tmp_path)
-    assert status == 0, output
-    assert "repeat the command to go on" in output
-    assert not (tmp_path / "run/finished.yaml").exists()
-    assert (tmp_path / "run/last.ckpt").exists()
+    steps = [0]
+    for _ in range(2):
+        status, output = launch.run([*COMMAND, "--trainer.max_time=00:00:00:02"], tmp_path)
+        assert status == 0, output
+        assert "repeat the command to go on" in output
+        assert not (tmp_path / "run/finished.yaml").exists()
+        checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+        steps.append(checkpoint["global_step"])
+    assert steps[0] < steps[1] < steps[2]
+
+
+def test_evaluating_a_bad_checkpoint_leaves_the_run_alone(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    last = tmp_path / "run/last.ckpt"
+    good = last.read_bytes()
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["state_dict"]["net.fc.bias"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    for command in ("validate", "test"):
+        status, output = launch.run([command, *COMMAND[1:], "--ckpt_path", "bad.ckpt"], tmp_path)
+        assert_one_line(status, output, "the loss is nan")
+    assert last.read_bytes() == good
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
@@ -323,8 +348,9 @@ def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     # Nobody is logged in at that home.
     environment = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path)}
     last = tmp_path / "run/last.ckpt"
-    assert launch.kill_when(last.exists, COMMAND, tmp_path, environment)
-    status, output = launch.run(COMMAND, tmp_path, environment)
+    command = [*COMMAND, "--wandb.mode=offline", "--wandb.project=p", "--wandb.tags=[a]"]
+    assert launch.kill_when(last.exists, command, tmp_path, environment)
+    status, output = launch.run(command, tmp_path, environment)
     assert status == 0, output
     assert "wandb sync run/wandb/offline-run-*" in output
     identity = (tmp_path / "run/wandb_id").read_text()
@@ -344,7 +370,7 @@ def test_unreachable_wandb_is_no_obstacle(tmp_path: Path) -> None:
     }
     status, output = launch.run(COMMAND, tmp_path, environment)
     assert status == 0, output
-    assert "W&B cannot be reached, so it tracks offline" in output
+    assert "W&B refused or was not reached, so it tracks offline" in output
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
 
 

@@ -58,9 +58,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         a, b = (torch.load(folder / "run" / name, weights_only=True) for folder in (one, other))
         for checkpoint in (a, b):
             checkpoint["callbacks"].pop("ThroughputMonitor", None)
-            del checkpoint[
-                "loops"
-            ]  # Lightning's counters of attempts; what they decide is compared
+            # Lightning's counters of attempts; what they decide is compared.
+            del checkpoint["loops"]
         assert_same(a, b, name)
     assert metrics(one) == metrics(other)
     for name in ("survival.csv", "config.yaml"):
