@@ -61,6 +61,13 @@ class ExperimentCLI(LightningCLI):
             },
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the subcommands, each with the Trainer's arguments that it does not offer."""
+        data = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+        decided = {"weights_only", "verbose", "return_predictions"}
+        return {name: data | decided for name in ("fit", "validate", "test", "predict")}
+
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--seed_everything",
@@ -141,7 +148,6 @@ class ExperimentCLI(LightningCLI):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None,
-        weights_only: bool | None,
     ) -> None:
         """Trains, or goes on training, then tests once."""
         folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
@@ -183,7 +189,6 @@ class ExperimentCLI(LightningCLI):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None,
-        **how: Any,
     ) -> None:
         """Prints the metrics of the validation split."""
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path))
@@ -193,7 +198,6 @@ class ExperimentCLI(LightningCLI):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None,
-        **how: Any,
     ) -> None:
         """Prints the operating points, and writes them to `operating_points_again.csv`."""
         path = self.trained(ckpt_path)
@@ -206,7 +210,6 @@ class ExperimentCLI(LightningCLI):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None,
-        **how: Any,
     ) -> None:
         """Writes `predictions.csv`."""
         path = self.trained(ckpt_path)

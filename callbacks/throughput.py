@@ -9,7 +9,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 class ThroughputMonitor(Callback):
     """Logs `time/epoch_seconds` and `time/images_per_second` of the training part of every epoch.
 
-    Validation, checkpoints and what was lost to a kill do not count. Images are those of all ranks.
+    Loading, and the checkpoints within an epoch, count; validation and what was lost to a kill do
+    not. Images are those of all ranks.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,13 @@ import torch
 import yaml
 from torch import nn
 
-from callbacks import AtomicCheckpointIO, CSVHistory, GradientMagnitudeLogger, RunCheckpoint
+from callbacks import (
+    AtomicCheckpointIO,
+    CSVHistory,
+    GradientMagnitudeLogger,
+    RunCheckpoint,
+    ThroughputMonitor,
+)
 from callbacks.operating_points import time_points
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
@@ -88,6 +94,29 @@ def test_gradient_magnitude_is_the_mean_over_steps() -> None:
         callback.on_before_optimizer_step(trainer, module, None)
     callback.on_train_epoch_end(trainer, module)
     assert logged == [({"gradients/first_conv": 2.0, "epoch": 4}, 6)]
+
+
+def test_throughput_counts_training_and_not_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 8 images on 2 ranks; the clock is read at the start and end of the steps."""
+    clock = iter([10.0, 11.0, 13.0, 100.0, 104.0])
+    monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: next(clock))
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))
+    trainer = SimpleNamespace(loggers=[logger], world_size=2, current_epoch=0, global_step=3)
+    batch = (torch.zeros(8, 1),)
+    monitor = ThroughputMonitor()
+    for is_validated_after in (False, True):
+        monitor.on_train_batch_start(trainer, None, batch, 0)
+        monitor.on_train_batch_end(trainer, None, None, batch, 0)
+        if is_validated_after:
+            monitor.on_validation_start(trainer, None)
+    resumed = ThroughputMonitor()
+    resumed.load_state_dict(monitor.state_dict())
+    resumed.on_train_batch_start(trainer, None, batch, 0)
+    resumed.on_train_batch_end(trainer, None, None, batch, 0)
+    resumed.on_train_epoch_end(trainer, None)
+    assert logged[0]["time/epoch_seconds"] == 1 + 2 + 4
+    assert logged[0]["time/images_per_second"] == pytest.approx(3 * 8 * 2 / 7)
 
 
 def test_checkpoint_write_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

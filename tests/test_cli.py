@@ -154,6 +154,7 @@ def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path: Path)
         ),
         (["fit", "-c", "experiment.yaml", "--ckpt_path", "best"], "no checkpoint runs/"),
         (["fit", "-c", "notes.txt"], "Unexpected config: no keys here"),
+        (["test", "-c", "experiment.yaml", "--verbose=false"], "verbose"),
         (["fit"], "required"),
         (["train"], "invalid choice: 'train'"),
         ([], "{fit,validate,test,predict}"),
