@@ -14,7 +14,8 @@ Differences from the released code:
     * Convolutions have no bias: a BN follows each of them. `conv_bias=True` restores those of the
       released Stochastic Depth code (inert before a BN, but counted in its number of parameters).
     * `shortcut="A"` subsamples as He's text says; `"A-average"` is the 2x2 average of the
-      Stochastic Depth code. Both append the zero channels after the existing ones.
+      Stochastic Depth code. Both append the zero channels after the existing ones; `"A-prepend"`
+      is A with the zeros before them, as in the BranchyNet code.
     * In a bottleneck the stride is in the 3x3 convolution, as in torchvision; `stride_in_1x1=True`
       is the paper's network (and gives the paper's FLOPs).
 """
@@ -27,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shortcut = Literal["A", "A-average", "B", "C"]
+from networks.rows import add_rows, take_rows
+
+Shortcut = Literal["A", "A-average", "A-prepend", "B", "C"]
 Gates = Sequence[float] | Tensor
 
 
@@ -62,30 +65,15 @@ def add_gated(
     return shortcut + branch if everyone else add_rows(shortcut, rows, branch)
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Returns ``x[rows]`` of x (N, C, H, W), in its memory format."""
-    # index_select and index_add, and their gradients, answer in the default format.
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-    return x.index_select(0, rows)
-
-
-def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """Returns x (N, C, H, W), in its memory format, with `values` added to ``x[rows]``."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        values = values.permute(0, 2, 3, 1)
-        return x.permute(0, 2, 3, 1).index_add(0, rows, values).permute(0, 3, 1, 2)
-    return x.index_add(0, rows, values)
-
-
 class PadShortcut(nn.Module):
-    """Option A: no parameters. Strides by subsampling or averaging, appends zero channels."""
+    """Option A: no parameters. Strides by subsampling or averaging, adds zero channels."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, average: bool):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, kind: Shortcut):
         super().__init__()
-        self.num_new_channels = out_channels - in_channels
+        num_new = out_channels - in_channels
+        self.padding = (num_new, 0) if kind == "A-prepend" else (0, num_new)
         self.stride = stride
-        self.average = average
+        self.average = kind == "A-average"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride > 1 and self.average:
@@ -93,7 +81,7 @@ class PadShortcut(nn.Module):
             x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         elif self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.num_new_channels))
+        return F.pad(x, (0, 0, 0, 0, *self.padding))
 
 
 def conv(in_channels: int, out_channels: int, size: int, stride: int, bias: bool) -> nn.Conv2d:
@@ -107,8 +95,8 @@ def make_shortcut(
     same = in_channels == out_channels and stride == 1
     if same and kind != "C":
         return None
-    if kind in ("A", "A-average"):
-        return PadShortcut(in_channels, out_channels, stride, average=kind == "A-average")
+    if kind in ("A", "A-average", "A-prepend"):
+        return PadShortcut(in_channels, out_channels, stride, kind)
     projection = conv(in_channels, out_channels, 1, stride, bias)
     return nn.Sequential(projection, nn.BatchNorm2d(out_channels)) if norm else projection
 
@@ -376,8 +364,8 @@ class CifarResNet(ResidualNetwork):
             `bottleneck`.
         num_classes: number of logits.
         shortcut: where the shape changes: "A" subsamples and appends zero channels (He),
-            "A-average" averages 2x2 and appends zero channels (Stochastic Depth), "B" projects;
-            "C" projects in every block.
+            "A-average" averages 2x2 and appends zero channels (Stochastic Depth), "A-prepend" is
+            "A" with the zeros first (BranchyNet), "B" projects; "C" projects in every block.
         plain: no shortcuts.
         in_channels: channels of the images.
         bottleneck: blocks of three convolutions, 4 times the channels.

@@ -407,7 +407,7 @@ def test_odd_sizes_round_up(shortcut):
 def test_average_shortcut_has_no_border():
     """On odd sizes the last window is smaller, and its average is over what is there."""
     x = torch.arange(9.0).view(1, 1, 3, 3)
-    out = PadShortcut(1, 2, stride=2, average=True)(x)
+    out = PadShortcut(1, 2, stride=2, kind="A-average")(x)
     assert out.tolist() == [[[[2.0, 3.5], [6.5, 8.0]], [[0.0, 0.0], [0.0, 0.0]]]]
 
 
