@@ -2,6 +2,7 @@
 
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from callbacks.csv_history import CSVHistory
+from callbacks.exit_statistics import ExitStatistics
 from callbacks.gradient_magnitude import GradientMagnitudeLogger
 from callbacks.operating_points import OperatingPoints
 from callbacks.predictions import PredictionWriter
@@ -11,6 +12,7 @@ from callbacks.throughput import ThroughputMonitor
 __all__ = [
     "AtomicCheckpointIO",
     "CSVHistory",
+    "ExitStatistics",
     "GradientMagnitudeLogger",
     "OperatingPoints",
     "PredictionWriter",

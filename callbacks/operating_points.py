@@ -3,7 +3,7 @@
 import csv
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-
-from networks import count_macs, count_params
 
 RESULT = "operating_points.csv"
 AGAIN = "operating_points_again.csv"
@@ -28,8 +26,8 @@ class OperatingPoints(Callback):
 
     Writes `operating_points.csv` in the run folder, logs a W&B table. `print_table` shows it.
 
-    Reads of the module: `operating_points()`, `net`, and the logged `test/acc` of the point "full"
-    and `test/acc_<name>` of the others.
+    Reads of the module: `operating_points()`, `costs()`, and the logged `test/acc` of the point
+    "full" and `test/acc_<name>` of the others.
 
     Args:
         file_name: file in the run folder.
@@ -37,7 +35,7 @@ class OperatingPoints(Callback):
 
     def __init__(self, file_name: str = RESULT):
         self.file_name = file_name
-        self.images: Tensor | None = None
+        self.images = TestImages((NUM_ROUNDS + 1) * BATCH_SIZE)
 
     def on_test_batch_start(
         self,
@@ -47,8 +45,7 @@ class OperatingPoints(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx == 0:
-            self.images = batch[0][:BATCH_SIZE]
+        self.images.add(batch[0], batch_idx)
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,16 +53,17 @@ class OperatingPoints(Callback):
             return
         points = pl_module.operating_points()
         # In the precision that the accuracy was measured in.
+        images = self.images.take()
         with trainer.precision_plugin.forward_context():
-            milliseconds = time_points(points, self.images)
-            macs = {name: count_macs(run, self.images[:1]) for name, run in points.items()}
+            milliseconds = time_points(points, images.split(BATCH_SIZE))
+            costs = pl_module.costs(images[:1])
         rows = []
         for name in points:
             accuracy = trainer.callback_metrics[
                 "test/acc" if name == "full" else f"test/acc_{name}"
             ]
-            params = count_params(pl_module.net)
-            rows.append((name, accuracy.item(), macs[name], params, milliseconds[name]))
+            macs, params = costs[name]
+            rows.append((name, accuracy.item(), round(macs), params, milliseconds[name]))
         with Path(trainer.default_root_dir, self.file_name).open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         for logger in trainer.loggers:
@@ -74,20 +72,53 @@ class OperatingPoints(Callback):
                 logger.log_table("operating_points", columns=list(COLUMNS), data=data)
 
 
+class TestImages:
+    """The first images of a test set, gathered from its batches.
+
+    Args:
+        num_images: how many at most.
+    """
+
+    __test__ = False  # no test, says pytest
+
+    def __init__(self, num_images: int):
+        self.num_images = num_images
+        self.batches: list[Tensor] = []
+
+    def add(self, images: Tensor, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.batches = []
+        missing = self.num_images - sum(map(len, self.batches))
+        if missing > 0:
+            self.batches.append(images[:missing])
+
+    def take(self) -> Tensor:
+        """Returns the images (N, C, H, W) and forgets them."""
+        images = torch.cat(self.batches)
+        self.batches = []
+        return images
+
+
 def time_points(
-    points: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor
+    points: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Tensor]
 ) -> dict[str, float]:
-    """Returns the median milliseconds per image of each point; the points take turns."""
+    """Returns the median milliseconds per image of each point; the points take turns.
+
+    Each round takes the next batch, for the sake of points whose cost depends on the images.
+    """
+    # The last batch may be smaller, and would be slower per image.
+    batches = [batch for batch in batches if len(batch) == len(batches[0])]
     seconds: dict[str, list[float]] = {name: [] for name in points}
     for number in range(NUM_ROUNDS + 1):
+        images = batches[number % len(batches)]
         for name, classify in points.items():
             synchronize(images)
             start = time.perf_counter()
             classify(images)
             synchronize(images)
             if number > 0:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(times) / len(images) for name, times in seconds.items()}
+                seconds[name].append((time.perf_counter() - start) / len(images))
+    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
 
 
 def synchronize(images: Tensor) -> None:

@@ -15,25 +15,29 @@ FILE = "predictions.csv"
 class PredictionWriter(Callback):
     """After `predict`, writes `predictions.csv` in the run folder: image, class, probability.
 
-    Reads of the data module: `class_names`, and `predict_names`, one name per image of this rank,
-    in order.
+    A method whose `predict_step` returns the exit of each image, from 1, beside the probabilities
+    gets a fourth column. Reads of the data module: `class_names`, and `predict_names`, one name per
+    image of this rank, in order.
     """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, str, float]] = []
+        self.rows: list[tuple] = []
 
     def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Tensor,
+        outputs: Tensor | tuple[Tensor, Tensor],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         data = trainer.datamodule
-        for prob, label in zip(*(values.tolist() for values in outputs.max(1)), strict=True):
-            self.rows.append((data.predict_names[len(self.rows)], data.class_names[label], prob))
+        probs, *exits = outputs if isinstance(outputs, tuple) else (outputs,)
+        columns = (values.tolist() for values in (*probs.max(1), *exits))
+        for prob, label, *exit_number in zip(*columns, strict=True):
+            name = data.predict_names[len(self.rows)]
+            self.rows.append((name, data.class_names[label], prob, *exit_number))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = self.rows
@@ -45,5 +49,6 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, FILE)
             with path.open("w", newline="") as file:
-                csv.writer(file).writerows([("image", "class", "probability"), *rows])
+                header = ("image", "class", "probability", "exit")
+                csv.writer(file).writerows([header[: len(rows[0])] if rows else header, *rows])
             print(f"{len(rows)} predictions in {path}")

@@ -1,6 +1,8 @@
 """One method per file: the training step, and how the trained network is evaluated."""
 
 from lightning_modules.base import FULL, ImageClassifier
+from lightning_modules.branchynet import LitBranchyNet
+from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.resnet import LitResNet
 from lightning_modules.schedules import WarmupMultiStepLR
 from lightning_modules.stochastic_depth import LitStochasticDepth, survival_probabilities
@@ -8,8 +10,10 @@ from lightning_modules.stochastic_depth import LitStochasticDepth, survival_prob
 __all__ = [
     "FULL",
     "ImageClassifier",
+    "LitBranchyNet",
     "LitResNet",
     "LitStochasticDepth",
+    "MultiExitClassifier",
     "WarmupMultiStepLR",
     "survival_probabilities",
 ]

@@ -1,7 +1,7 @@
 """What every method shares: optimizer wiring, metrics over operating points, keyed seeds."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from chance import key_to_seed
+from networks import count_macs, count_params
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -20,6 +21,14 @@ Batch = tuple[Tensor, Tensor]
 
 FULL = "full"
 """Name of the operating point that is the whole network; its metrics carry no suffix."""
+
+
+class Cost(NamedTuple):
+    """What an operating point costs."""
+
+    macs: float
+    """Multiply-accumulates per image; a mean where they depend on the image."""
+    params: int
 
 
 def sgd(params: Iterable) -> Optimizer:
@@ -70,9 +79,24 @@ class ImageClassifier(pl.LightningModule):
         """
         return {FULL: self.net}
 
+    def evaluated_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Returns the operating points that `evaluate` runs; all, if a method says no less."""
+        return self.operating_points()
+
     def evaluate(self, images: Tensor) -> dict[str, Tensor]:
-        """Returns the logits (N, num_classes) of every operating point."""
-        return {name: classify(images) for name, classify in self.operating_points().items()}
+        """Returns the logits (N, num_classes) of the points of `evaluated_points`."""
+        return {name: classify(images) for name, classify in self.evaluated_points().items()}
+
+    def costs(self, images: Tensor) -> dict[str, Cost]:
+        """Returns what every operating point costs.
+
+        Args:
+            images: one image, (1, C, H, W).
+        """
+        return {
+            name: Cost(count_macs(run, images), count_params(self.net))
+            for name, run in self.operating_points().items()
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits (N, num_classes) of the full network."""
@@ -167,19 +191,28 @@ class ImageClassifier(pl.LightningModule):
                 f"the network takes {first.in_channels} channels and the images have "
                 f"{data.image_shape[0]}: set the network's in_channels to {data.image_shape[0]}"
             )
-        for name in self.operating_points():
+        size = getattr(self.net, "image_size", None)
+        if data is not None and size and tuple(data.image_shape[1:]) != (size, size):
+            height, width = data.image_shape[1:]
+            raise ValueError(
+                f"the network takes images of {size} x {size} pixels and the data has {height} x "
+                f"{width}: set the network's image_size"
+            )
+        for name in self.evaluated_points():
             if _key(name) not in self.eval_acc:
                 accuracy = MulticlassAccuracy(
                     self.net.num_classes, average="micro", validate_args=False
                 )
                 self.eval_acc[_key(name)] = accuracy.to(self.device)
 
-    def eval_step(self, batch: Batch) -> None:
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Counts one batch, and returns its logits."""
         images, labels = batch
         logits = self.evaluate(images)
         self.eval_loss.update(F.cross_entropy(logits[FULL], labels), len(labels))
-        for name in self.operating_points():
-            self.eval_acc[_key(name)].update(logits[name], labels)
+        for name, values in logits.items():
+            self.eval_acc[_key(name)].update(values, labels)
+        return logits
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:
         """Returns the metrics of an evaluation over all ranks, and starts anew."""
@@ -187,7 +220,7 @@ class ImageClassifier(pl.LightningModule):
         self.eval_loss.reset()
         if not metrics[f"{split}/loss"].isfinite():
             self.refuse_loss(metrics[f"{split}/loss"])
-        for name in self.operating_points():
+        for name in self.evaluated_points():
             accuracy = self.eval_acc[_key(name)]
             suffix = "" if name == FULL else f"_{name}"
             metrics[f"{split}/acc{suffix}"] = accuracy.compute()

@@ -1,7 +1,7 @@
 """Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
-from networks.cost import count_macs, count_params
+from networks.cost import count_macs, count_params, count_params_run
 from networks.early_exit import (
     MultiExitNetwork,
     Staged,
@@ -29,6 +29,7 @@ __all__ = [
     "count_exit_macs",
     "count_macs",
     "count_params",
+    "count_params_run",
     "early_exit",
     "exits_taken",
     "fold_survival_probs",

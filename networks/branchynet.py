@@ -71,6 +71,7 @@ class BranchyLeNet(MultiExitNetwork):
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28):
         super().__init__()
         self.num_classes = num_classes
+        self.image_size = image_size
         branch_size = pooled(image_size + 2, 2, 2)
         trunk_size = pooled(pooled(pooled(image_size + 2, 2) + 2, 2) + 2, 2)
         self.stages = nn.ModuleList(
@@ -122,6 +123,7 @@ class BranchyAlexNet(MultiExitNetwork):
         if image_size < 16:
             raise ValueError(f"image_size {image_size} is too small: use 16 or more")
         self.num_classes = num_classes
+        self.image_size = image_size
         conv1 = nn.Conv2d(in_channels, 32, 5, padding=2)
         conv2 = nn.Conv2d(32, 64, 5, padding=2)
         conv3 = nn.Conv2d(64, 96, 3, padding=1)
@@ -297,6 +299,7 @@ class BranchyResNet(ResNetWithExits):
         )
         trunk = UnpaddedCifarResNet(depth, num_classes, in_channels, image_size)
         super().__init__(trunk, [0, trunk.num_blocks // 3], [branch1, branch2])
+        self.image_size = image_size
         self.taps = taps
         initialize(self, "relu")
 

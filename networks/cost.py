@@ -31,3 +31,19 @@ def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
 def count_params(network: nn.Module) -> int:
     """Counts the learnable numbers: BN scales and shifts included, running statistics not."""
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_params_run(network: nn.Module, function: Callable[[Tensor], Any], images: Tensor) -> int:
+    """Counts the learnable numbers of the layers of `network` that `function` runs on `images`."""
+    used = set()
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, _: used.update(module.parameters(recurse=False))
+        )
+        for module in network.modules()
+    ]
+    with torch.no_grad():
+        function(images)
+    for hook in hooks:
+        hook.remove()
+    return sum(parameter.numel() for parameter in used)

@@ -1,0 +1,220 @@
+"""What early exits did: who left where, how sure, how right, and what it saved."""
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from callbacks.operating_points import TestImages, time_points
+from networks import early_exit, exits_taken, run_to_exit
+
+NUM_BINS = 20  # of an entropy histogram
+NUM_TIMED = 64  # images, one at a time
+SPEED_COLUMNS = (
+    *("point", "branches", "thresholds", "test_acc"),
+    *("macs", "macs_gain", "ms_per_image", "ms_gain"),
+)
+
+
+class ExitStatistics(Callback):
+    """Logs what happens at every exit, and after a test compares the network with its trunk.
+
+    After every validation, to every logger, for the thresholds that the module prefers:
+    `exits/share_<exit>` (of the images that leave there), `exits/acc_<exit>` (their accuracy) and
+    `exits/entropy_<exit>` (mean over all images). After a test, in the run folder and W&B:
+
+        exits.csv            share and accuracy of those who leave at each exit, by operating point
+        exit_entropy.csv     histogram of the entropy (natural logarithm) at each exit
+        exit_curve.csv       accuracy against mean MACs for the module's curve of thresholds
+        exit_speed.csv       each operating point against the trunk alone; also printed
+
+    The last, as the paper has it, is about one image at a time: accuracy, MACs and milliseconds per
+    image, and how many times less that is than the trunk needs. Once as it is (branches "run"), and
+    once as if branches cost nothing ("free"), which is what BranchyNet's authors measured.
+
+    Reads of the module: `net`, `exit_names`, `exit_criterion`, `exit_thresholds`, `exit_curve`,
+    `exit_outputs`, `exit_costs`, `measure()`.
+
+    Raises:
+        ValueError: the module has no exits.
+    """
+
+    def __init__(self) -> None:
+        self.images = TestImages(NUM_TIMED)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "exit_names"):
+            raise ValueError(
+                f"ExitStatistics has nothing to log of {type(pl_module).__name__}: "
+                "remove it from trainer.callbacks"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or not pl_module.exit_thresholds:
+            return
+        thresholds = next(iter(pl_module.exit_thresholds.values()))
+        entropies = pl_module.exit_outputs.entropies.mean(0).tolist()
+        metrics: dict[str, float] = {"epoch": trainer.current_epoch}
+        for name, mean, (share, accuracy) in zip(
+            pl_module.exit_names, entropies, exit_shares(pl_module, thresholds), strict=True
+        ):
+            metrics |= {f"exits/share_{name}": share, f"exits/entropy_{name}": mean}
+            if share:
+                metrics[f"exits/acc_{name}"] = accuracy
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.images.add(batch[0], batch_idx)
+
+    @torch.no_grad()
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        images = self.images.take()
+        if not trainer.is_global_zero or len(pl_module.exit_names) == 1:
+            return
+        folder = Path(trainer.default_root_dir)
+        with trainer.precision_plugin.forward_context():
+            speed = speed_rows(pl_module, images)
+        write(folder / "exits.csv", ("point", "exit", "share", "acc"), exit_rows(pl_module))
+        histogram = entropy_rows(pl_module)
+        write(folder / "exit_entropy.csv", ("from", "to", *pl_module.exit_names), histogram)
+        curve = curve_rows(pl_module)
+        write(folder / "exit_curve.csv", ("thresholds", "test_acc", "macs"), curve)
+        write(folder / "exit_speed.csv", SPEED_COLUMNS, speed)
+        print_speed(speed)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_to_wandb(logger, pl_module, curve, histogram)
+
+
+def exit_shares(module: LightningModule, thresholds: Sequence[float]) -> list[tuple[float, float]]:
+    """Returns for each exit the share of the images that leave there, and their accuracy."""
+    outputs = module.exit_outputs
+    taken = exits_taken(outputs.scores, thresholds, module.exit_criterion)
+    shares = []
+    for index in range(outputs.correct.shape[1]):
+        here = taken == index
+        right = outputs.correct[here, index].double().mean().item()
+        shares.append((here.double().mean().item(), right))
+    return shares
+
+
+def exit_rows(module: LightningModule) -> list[tuple]:
+    return [
+        (point, name, share, accuracy)
+        for point, thresholds in module.exit_thresholds.items()
+        for name, (share, accuracy) in zip(
+            module.exit_names, exit_shares(module, thresholds), strict=True
+        )
+    ]
+
+
+def entropy_rows(module: LightningModule) -> list[list[float]]:
+    """Returns one row per bin of [0, ln C]: its bounds, and the images of each exit in it."""
+    limit = torch.tensor(module.net.num_classes).log().item()
+    edges = torch.linspace(0, limit, NUM_BINS + 1).tolist()
+    # Rounding may put a uniform distribution above ln C.
+    entropies = module.exit_outputs.entropies.float().clamp(0, limit)
+    counts = [torch.histc(column, NUM_BINS, 0, limit).tolist() for column in entropies.T]
+    return [list(row) for row in zip(edges[:-1], edges[1:], *counts, strict=True)]
+
+
+def curve_rows(module: LightningModule) -> list[tuple]:
+    return [(thresholds, *module.measure(thresholds)) for thresholds in module.exit_curve]
+
+
+def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
+    """Returns the trunk and every point of thresholds, with what `SPEED_COLUMNS` says."""
+    net, costs, criterion = module.net, module.exit_costs, module.exit_criterion
+    contenders: dict[str, Callable[[Tensor], object]] = {
+        "trunk": one_by_one(partial(run_to_exit, net, net.num_exits - 1))
+    }
+    for point, thresholds in module.exit_thresholds.items():
+        answer = partial(early_exit, net, thresholds=thresholds, criterion=criterion)
+        contenders[point] = one_by_one(answer)
+        contenders[f"{point}, free"] = trunk_only(net, answer(images).exit_index)
+    ms = time_points(contenders, [images])
+
+    accuracy = module.exit_outputs.correct[:, -1].double().mean().item()
+    rows: list[tuple] = [("trunk", "", "", accuracy, costs.trunk, 1.0, ms["trunk"], 1.0)]
+    for point, thresholds in module.exit_thresholds.items():
+        accuracy, macs = module.measure(thresholds)
+        taken = exits_taken(module.exit_outputs.scores, thresholds, criterion)
+        free = torch.tensor(costs.without_branches, dtype=torch.float64)[taken].mean().item()
+        sides = ("run", macs, ms[point]), ("free", free, ms[f"{point}, free"])
+        for branches, cost, time in sides:
+            gains = (cost, costs.trunk / cost, time, ms["trunk"] / time)
+            rows.append((point, branches, thresholds, accuracy, *gains))
+    return rows
+
+
+def one_by_one(function: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+    """Returns a function that gives `function` one image at a time."""
+
+    def run(images: Tensor) -> None:
+        for image in images.split(1):
+            function(image)
+
+    return run
+
+
+def trunk_only(net: Any, exit_index: Tensor) -> Callable[[Tensor], None]:
+    """Returns a function that takes each image to its exit and asks no exit but the last."""
+    taken = exit_index.tolist()
+
+    def run(images: Tensor) -> None:
+        for image, index in zip(images.split(1), taken, strict=True):
+            state = image
+            for stage in net.stages[: index + 1]:
+                state = stage(state)
+            if index == len(net.exits) - 1:
+                net.exits[index](state)
+
+    return run
+
+
+def write(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def print_speed(rows: Sequence[tuple]) -> None:
+    table = Table(title="early exit, one image at a time")
+    for title in ("name", "branches", "accuracy", "MACs", "gain", "ms", "gain"):
+        table.add_column(title, justify="left" if title in ("name", "branches") else "right")
+    for point, branches, _, accuracy, macs, gain, ms, speedup in rows:
+        figures = (f"{macs:,.0f}", f"{gain:.2f}", f"{ms:.3f}", f"{speedup:.2f}")
+        table.add_row(point, branches, f"{accuracy:.2%}", *figures)
+    Console().print(table)
+
+
+def log_to_wandb(
+    logger: WandbLogger, module: LightningModule, curve: list[tuple], histogram: list[list[float]]
+) -> None:
+    import wandb  # slow to import, and only those who log to it pay
+
+    table = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for _, acc, macs in curve])
+    edges = [row[0] for row in histogram] + [histogram[-1][1]]
+    panels = {
+        "exits/acc_against_macs": wandb.plot.line(
+            table, "macs", "test_acc", title="accuracy against mean MACs"
+        )
+    }
+    for name, counts in zip(module.exit_names, list(zip(*histogram, strict=True))[2:], strict=True):
+        panels[f"exits/entropy_histogram_{name}"] = wandb.Histogram(np_histogram=(counts, edges))
+    logger.experiment.log(panels)

@@ -1,0 +1,153 @@
+"""BranchyNet: Teerapittayanon, McDanel, Kung (ICPR 2016, arXiv 1709.01686).
+
+    loss = sum_k w_k CE(logits_k, label);    leave at the first k where entropy(logits_k) < T_k
+
+Differences from the released code:
+    * One trunk, one optimizer (see `networks.branchynet`).
+    * The joint training starts from the whole trained trunk, its last classifier included.
+    * Thresholds are screened on validation data; the released code screens on the test set.
+"""
+
+import math
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from lightning_modules.base import FULL, Batch, OptimizerFactory, SchedulerFactory
+from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from networks import MultiExitNetwork, run_to_exit, screen_thresholds
+from networks.early_exit import Criterion, ExitCosts
+
+PREFIX = "net."
+
+
+def adam(params: Iterable) -> Optimizer:
+    """Adam with the paper's numbers."""
+    return Adam(params, lr=0.001, betas=(0.99, 0.999))
+
+
+class LitBranchyNet(MultiExitClassifier):
+    """Trains a network with exits by the weighted sum of their losses.
+
+    After every validation the paper's grid of thresholds is screened. Three points of its front
+    become operating points: "adaptive_lossless" (the cheapest that is at least as accurate as the
+    last exit; `predict` uses it), "adaptive_knee" and "adaptive_best" (the most accurate).
+
+    Args:
+        net: a network with exits.
+        exit_loss_weights: one per exit, shallow to deep; None: 1 each. Zeros for all but the last
+            train the trunk alone ("stage 1"): the other exits are not run and not reported.
+        exit_criterion: "entropy" is the paper's.
+        exit_thresholds: one per exit but the last, shallow to deep; adds the operating point
+            "adaptive", which `predict` then uses.
+        trunk_checkpoint: a checkpoint whose trunk a new run starts from ("stage 2"): of a
+            `LitBranchyNet`, or of another module with the bare trunk.
+        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+
+    Raises:
+        ValueError: wrong weights or thresholds, or a trunk that does not fit.
+        FileNotFoundError: no trunk checkpoint.
+    """
+
+    def __init__(
+        self,
+        net: MultiExitNetwork,
+        exit_loss_weights: Sequence[float] | None = None,
+        exit_criterion: Criterion = "entropy",
+        exit_thresholds: Sequence[float] | None = None,
+        trunk_checkpoint: str | None = None,
+        optimizer: OptimizerFactory = adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        seed: int = 0,
+    ):
+        super().__init__(
+            net, exit_criterion, exit_thresholds, optimizer, lr_scheduler, lr_interval, seed
+        )
+        weights = [1.0] * net.num_exits if exit_loss_weights is None else list(exit_loss_weights)
+        if len(weights) != net.num_exits:
+            raise ValueError(
+                f"{len(weights)} exit_loss_weights for {net.num_exits} exits: give one per exit, "
+                "shallow to deep"
+            )
+        all_train = all(0 < weight < math.inf for weight in weights)
+        self.trains_trunk_only = not any(weights[:-1]) and 0 < weights[-1] < math.inf
+        if not (all_train or self.trains_trunk_only):
+            raise ValueError(
+                f"exit_loss_weights {weights}: give positive numbers, or zeros for all but the "
+                "last exit to train the trunk alone"
+            )
+        self.exit_loss_weights = weights
+        self.trunk_checkpoint = trunk_checkpoint
+        if self.trains_trunk_only:
+            if exit_thresholds is not None:
+                raise ValueError(
+                    "exit_thresholds need exits that are trained: drop them, or give every exit a "
+                    "weight in exit_loss_weights"
+                )
+            self.exit_names = [FULL]
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_(not net.in_early_exit(name))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.trains_trunk_only:
+            exits = [run_to_exit(self.net, self.net.num_exits - 1, images)]
+        else:
+            exits = self.net(images)
+        weights = self.exit_loss_weights[-len(exits) :]
+        loss = sum(
+            weight * F.cross_entropy(logits, labels)
+            for weight, logits in zip(weights, exits, strict=True)
+        )
+        self.log_training(loss, exits[-1], labels, batch_idx)
+        return loss
+
+    def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
+        screening = screen_thresholds(
+            outputs.scores, outputs.correct, costs.leaving, self.exit_criterion
+        )
+        of_last_exit = outputs.correct[:, -1].sum().item() / len(outputs.correct)
+        points = {
+            "adaptive_lossless": screening.cheapest(of_last_exit),
+            "adaptive_knee": screening.knee,
+            "adaptive_best": screening.front[-1],
+        }
+        return FoundThresholds(
+            {name: screening.thresholds[point].tolist() for name, point in points.items()},
+            screening.thresholds[screening.front].tolist(),
+        )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # A run that goes on, or is tested, has weights of its own.
+        if stage == "fit" and self.trunk_checkpoint and self.trainer.ckpt_path is None:
+            self.net.load_trunk(read_weights(Path(self.trunk_checkpoint)))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Returns the weights of the network of a checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no trunk checkpoint {path}: train the trunk first, or correct trunk_checkpoint"
+        )
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain data: correct trunk_checkpoint"
+        ) from error
+    return {
+        key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)
+    }

@@ -1,0 +1,247 @@
+"""What the methods with early exits share: evaluation of every exit, and leaving early."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_modules.base import (
+    FULL,
+    Batch,
+    Cost,
+    ImageClassifier,
+    OptimizerFactory,
+    SchedulerFactory,
+)
+from networks import (
+    MultiExitNetwork,
+    count_exit_macs,
+    count_macs,
+    count_params,
+    count_params_run,
+    early_exit,
+    exits_taken,
+    run_to_exit,
+)
+from networks.early_exit import Criterion, ExitCosts, check_criterion, check_thresholds
+from networks.early_exit import entropy as entropy_of
+from networks.early_exit import score as score_of
+
+GIVEN = "adaptive"
+"""Name of the operating point of thresholds that the user gave."""
+
+
+class ExitOutputs(NamedTuple):
+    """What every exit (K of them) made of every image (N) of an evaluation; on the CPU."""
+
+    scores: Tensor
+    """(N, K), the criterion."""
+    entropies: Tensor
+    """(N, K), natural logarithm."""
+    correct: Tensor
+    """(N, K) bool."""
+
+
+class FoundThresholds(NamedTuple):
+    """What a method makes of its validation data."""
+
+    points: dict[str, list[float]]
+    """Thresholds of the operating points, by name; the first is the method's own choice."""
+    curve: list[list[float]]
+    """Thresholds from cheap to expensive, for a curve of accuracy against MACs."""
+
+
+class MultiExitClassifier(ImageClassifier):
+    """Evaluates every exit, finds thresholds on validation data, and leaves early with them.
+
+    Each validation ends with a search for thresholds, so that every checkpoint saved after one
+    holds those that fit its weights. Tests and predictions use them; without validation data there
+    are none, and every image goes to the last exit.
+
+    Subclasses write `training_step` and `find_thresholds`.
+
+    Args:
+        net: a network with exits, two or more.
+        exit_criterion: see `networks.early_exit`.
+        exit_thresholds: one per exit but the last, to be used instead of those that are found.
+        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+
+    Attributes:
+        exit_names: operating points of the exits, shallow to deep: "exit1", ..., "full".
+        exit_thresholds: by operating point; empty until they are found.
+        exit_curve: thresholds from cheap to expensive.
+        exit_outputs: those of the latest evaluation, all ranks together.
+        exit_costs: MACs of stages and exits; known from the first evaluation on.
+
+    Raises:
+        ValueError: wrong thresholds, an unknown criterion, or a network without early exits.
+    """
+
+    def __init__(
+        self,
+        net: MultiExitNetwork,
+        exit_criterion: Criterion,
+        exit_thresholds: Sequence[float] | None,
+        optimizer: OptimizerFactory,
+        lr_scheduler: SchedulerFactory | None,
+        lr_interval: str,
+        seed: int,
+    ):
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
+        if net.num_exits < 2:
+            raise ValueError("the network has no early exit: give it one, or use LitResNet")
+        check_criterion(exit_criterion)
+        if exit_thresholds is not None:
+            check_thresholds(exit_thresholds, net.num_exits)
+        self.exit_criterion = exit_criterion
+        self.given_thresholds = exit_thresholds and list(exit_thresholds)
+        self.exit_names = [*(f"exit{k}" for k in range(1, net.num_exits)), FULL]
+        self.exit_thresholds: dict[str, list[float]] = {}
+        self.exit_curve: list[list[float]] = []
+        self.exit_outputs: ExitOutputs | None = None
+        self.exit_costs: ExitCosts | None = None
+        self._outputs: list[ExitOutputs] = []
+        self._set_thresholds(FoundThresholds({}, []))
+
+    def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
+        """Finds thresholds on the outputs of the validation data."""
+        raise NotImplementedError
+
+    def _set_thresholds(self, found: FoundThresholds) -> None:
+        given = {} if self.given_thresholds is None else {GIVEN: self.given_thresholds}
+        self.exit_thresholds = given | found.points
+        self.exit_curve = found.curve
+
+    # --- operating points -------------------------------------------------------------------------
+
+    def evaluated_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Returns the exits: each runs the stages up to it, and no other exit."""
+        first = self.net.num_exits - len(self.exit_names)
+        return {
+            name: partial(run_to_exit, self.net, index)
+            for index, name in enumerate(self.exit_names, start=first)
+        }
+
+    def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Returns the exits, and leaving early with every pair (or more) of thresholds."""
+        adaptive = {
+            name: partial(self.leave_early, thresholds)
+            for name, thresholds in self.exit_thresholds.items()
+        }
+        return {**self.evaluated_points(), **adaptive}
+
+    def leave_early(self, thresholds: Sequence[float], images: Tensor) -> Tensor:
+        return early_exit(self.net, images, thresholds, self.exit_criterion).logits
+
+    def costs(self, images: Tensor) -> dict[str, Cost]:
+        """Returns the costs; those of adaptive points are means over the latest evaluation."""
+        costs = {
+            name: Cost(count_macs(run, images), count_params_run(self.net, run, images))
+            for name, run in self.evaluated_points().items()
+        }
+        for name, thresholds in self.exit_thresholds.items():
+            _, macs = self.measure(thresholds)
+            costs[name] = Cost(macs, count_params(self.net))
+        return costs
+
+    def measure(self, thresholds: Sequence[float]) -> tuple[float, float]:
+        """Returns accuracy and mean MACs of thresholds over the latest evaluation."""
+        outputs = self.exit_outputs
+        taken = exits_taken(outputs.scores, thresholds, self.exit_criterion)
+        right = outputs.correct.gather(1, taken[:, None]).double().mean()
+        macs = torch.tensor(self.exit_costs.leaving, dtype=torch.float64)[taken].mean()
+        return right.item(), macs.item()
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def evaluate(self, images: Tensor) -> dict[str, Tensor]:
+        """Returns the logits of every exit, from one pass."""
+        if len(self.exit_names) == 1:
+            return super().evaluate(images)
+        return dict(zip(self.exit_names, self.net(images), strict=True))
+
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = super().eval_step(batch)
+        if len(logits) > 1:
+            if self.exit_costs is None:
+                self.exit_costs = count_exit_macs(self.net, images[:1])
+            exits = list(logits.values())
+            parts = (
+                [score_of(values, self.exit_criterion) for values in exits],
+                [entropy_of(values) for values in exits],
+                [values.argmax(1) == labels for values in exits],
+            )
+            self._outputs.append(ExitOutputs(*(torch.stack(part, 1).cpu() for part in parts)))
+        return logits
+
+    def finish_evaluation(self, split: str) -> dict[str, Tensor]:
+        metrics = super().finish_evaluation(split)
+        if len(self.exit_names) == 1:
+            return metrics
+        self._gather_outputs()
+        if split == "val":
+            self._set_thresholds(self.find_thresholds(self.exit_outputs, self.exit_costs))
+        for name, thresholds in self.exit_thresholds.items():
+            accuracy, macs = self.measure(thresholds)
+            metrics[f"{split}/acc_{name}"] = torch.tensor(accuracy)
+            metrics[f"{split}/macs_{name}"] = torch.tensor(macs)
+        return metrics
+
+    def _gather_outputs(self) -> None:
+        """Puts the outputs of all batches and ranks together: as if one process had made them."""
+        own = (self._outputs, self.exit_costs)
+        ranks = [own]
+        if self.trainer.world_size > 1:
+            ranks = [own] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        parts = [part for outputs, _ in ranks for part in outputs]
+        columns = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        self.exit_outputs = ExitOutputs(*columns)
+        # A rank that had no batch has not counted.
+        self.exit_costs = next(costs for _, costs in ranks if costs is not None)
+        self._outputs = []
+
+    def on_validation_epoch_start(self) -> None:
+        self._outputs = []
+
+    def on_test_epoch_start(self) -> None:
+        self._outputs = []
+        self._warn_without_thresholds()
+
+    def on_predict_start(self) -> None:
+        self._warn_without_thresholds()
+
+    def _warn_without_thresholds(self) -> None:
+        if not self.exit_thresholds and len(self.exit_names) > 1:
+            rank_zero_warn(
+                "the checkpoint holds no exit thresholds, so no image leaves early: train with "
+                "validation data, or give exit_thresholds"
+            )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | tuple[Tensor, Tensor]:
+        """Leaves early; returns class probabilities (N, num_classes) and exits (N,), from 1.
+
+        The thresholds are those given, else those the method prefers; without any, the last exit
+        answers and the exits are not returned.
+        """
+        if not self.exit_thresholds:
+            return super().predict_step(batch, batch_idx)
+        thresholds = next(iter(self.exit_thresholds.values()))
+        answers = early_exit(self.net, batch[0], thresholds, self.exit_criterion)
+        return answers.logits.softmax(1), answers.exit_index + 1
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        points = {k: v for k, v in self.exit_thresholds.items() if k != GIVEN}
+        checkpoint["exit_thresholds"] = {"points": points, "curve": self.exit_curve}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint.get("exit_thresholds", {"points": {}, "curve": []})
+        self._set_thresholds(FoundThresholds(**found))
