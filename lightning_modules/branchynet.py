@@ -12,7 +12,7 @@ import math
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,10 +124,13 @@ class LitBranchyNet(MultiExitClassifier):
             screening.thresholds[screening.front].tolist(),
         )
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        # A run that goes on, or is tested, has weights of its own.
-        if stage == "fit" and self.trunk_checkpoint and self.trainer.ckpt_path is None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        # A run that goes on has weights of its own.
+        self.trunk_checkpoint = None
+
+    def on_fit_start(self) -> None:
+        if self.trunk_checkpoint:
             self.net.load_trunk(read_weights(Path(self.trunk_checkpoint)))
 
 

@@ -9,8 +9,8 @@ Differences from the released code:
     * One shared trunk. The released code keeps a copy of it for every exit, each with BN statistics
       of its own, and copies the weights to and fro in every step.
     * Branches tap the raw output of a convolution. What branch and trunk both do to it first (a
-      pooling, a ReLU, an LRN: nothing that learns) is done once, in the trunk; the outputs, the
-      gradients and the MACs are the same.
+      pooling, a ReLU, an LRN: nothing that learns) is done once, in the trunk, and a ReLU follows
+      a pooling instead of preceding it; the outputs, the gradients and the MACs are the same.
     * `taps="paper"` puts the branches where the paper's text has them, behind an earlier
       convolution (B-AlexNet) or a later one (B-ResNet) than the released code does.
 """
@@ -42,9 +42,23 @@ def initialize(network: nn.Module, conv_nonlinearity: Literal["linear", "relu"])
             nn.init.zeros_(layer.bias)
 
 
-def local_response_norm() -> nn.LocalResponseNorm:
-    """Returns Chainer's LRN with n = 3, alpha = 5e-5: torch divides its alpha by the size."""
-    return nn.LocalResponseNorm(3, alpha=1.5e-4, beta=0.75, k=2)
+class LocalResponseNorm(nn.Module):
+    """Chainer's LRN over 3 channels: ``x / (2 + alpha * sum of squares)^0.75`` with alpha 5e-5.
+
+    The same as ``nn.LocalResponseNorm(3, alpha=1.5e-4, beta=0.75, k=2)``, which divides its alpha
+    by 3, and several times faster: torch pools in three dimensions for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = F.pad(x.square().permute(0, 2, 3, 1), (1, 1))
+        sums = squares[..., :-2] + squares[..., 1:-1] + squares[..., 2:]
+        root = (2 + 5e-5 * sums).rsqrt().permute(0, 3, 1, 2)
+        return x * root * root.sqrt()
+
+
+def relu() -> nn.ReLU:
+    """Returns a ReLU that overwrites its input: for use within a stage or an exit."""
+    return nn.ReLU(inplace=True)
 
 
 def pool(size: int) -> nn.MaxPool2d:
@@ -76,10 +90,10 @@ class BranchyLeNet(MultiExitNetwork):
         trunk_size = pooled(pooled(pooled(image_size + 2, 2) + 2, 2) + 2, 2)
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(nn.Conv2d(in_channels, 5, 5, padding=3), pool(2), nn.ReLU()),
+                nn.Sequential(nn.Conv2d(in_channels, 5, 5, padding=3), pool(2), relu()),
                 nn.Sequential(
-                    *(nn.Conv2d(5, 10, 5, padding=3), pool(2), nn.ReLU()),
-                    *(nn.Conv2d(10, 20, 5, padding=3), pool(2), nn.ReLU()),
+                    *(nn.Conv2d(5, 10, 5, padding=3), pool(2), relu()),
+                    *(nn.Conv2d(10, 20, 5, padding=3), pool(2), relu()),
                     nn.Flatten(),
                     nn.Linear(20 * trunk_size**2, 84),
                 ),
@@ -88,7 +102,7 @@ class BranchyLeNet(MultiExitNetwork):
         self.exits = nn.ModuleList(
             [
                 nn.Sequential(
-                    *(nn.Conv2d(5, 10, 3, padding=1), pool(2), nn.ReLU()),
+                    *(nn.Conv2d(5, 10, 3, padding=1), pool(2), relu()),
                     nn.Flatten(),
                     nn.Linear(10 * branch_size**2, num_classes),
                 ),
@@ -127,30 +141,34 @@ class BranchyAlexNet(MultiExitNetwork):
         conv1 = nn.Conv2d(in_channels, 32, 5, padding=2)
         conv2 = nn.Conv2d(32, 64, 5, padding=2)
         conv3 = nn.Conv2d(64, 96, 3, padding=1)
-        norm1 = (nn.ReLU(), pool(3), local_response_norm())
-        norm2 = (nn.ReLU(), pool(3), local_response_norm())
+        norm1 = (pool(3), relu(), LocalResponseNorm())
+        norm2 = (pool(3), relu(), LocalResponseNorm())
         top = (
-            *(nn.Conv2d(96, 96, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(96, 64, 3, padding=1), nn.ReLU(), pool(3), nn.Flatten()),
-            *(nn.Linear(64 * pooled(image_size, 3, 3) ** 2, 256), nn.ReLU(), nn.Dropout(0.5)),
-            *(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.5)),
+            *(nn.Conv2d(96, 96, 3, padding=1), relu()),
+            *(nn.Conv2d(96, 64, 3, padding=1), relu(), pool(3), nn.Flatten()),
+            *(
+                nn.Linear(64 * pooled(image_size, 3, 3) ** 2, 256),
+                relu(),
+                nn.Dropout(0.5),
+            ),
+            *(nn.Linear(256, 128), relu(), nn.Dropout(0.5)),
         )
         if taps == "released":
-            stages = [(conv1, *norm1, conv2, *norm2), (conv3, nn.ReLU()), top]
-            channels, second_norm = (64, 96), (pool(3), local_response_norm())
+            stages = [(conv1, *norm1, conv2, *norm2), (conv3, relu()), top]
+            channels, second_norm = (64, 96), (pool(3), LocalResponseNorm())
             sizes = pooled(image_size, 3, 3), pooled(image_size, 3, 4)
         else:
-            stages = [(conv1, *norm1), (conv2, *norm2), (conv3, nn.ReLU(), *top)]
+            stages = [(conv1, *norm1), (conv2, *norm2), (conv3, relu(), *top)]
             channels, second_norm = (32, 64), ()
             sizes = pooled(image_size, 3, 2), pooled(image_size, 3, 3)
         branch1 = (
-            *(nn.Conv2d(channels[0], 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(channels[0], 32, 3, padding=1), relu()),
+            *(nn.Conv2d(32, 32, 3, padding=1), relu()),
             *(pool(3), nn.Flatten(), nn.Linear(32 * sizes[0] ** 2, num_classes)),
         )
         branch2 = (
             *second_norm,
-            *(nn.Conv2d(channels[1], 32, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(channels[1], 32, 3, padding=1), relu()),
             *(pool(3), nn.Flatten(), nn.Linear(32 * sizes[1] ** 2, num_classes)),
         )
         self.stages = nn.ModuleList(nn.Sequential(*layers) for layers in stages)
@@ -256,7 +274,7 @@ def pooling_exit(trunk: ResidualNetwork, num_blocks: int) -> nn.Sequential:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, trunk.num_classes)
     )
     if getattr(trunk, "preactivation", False):
-        return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), *exit_here)
+        return nn.Sequential(nn.BatchNorm2d(channels), relu(), *exit_here)
     return exit_here
 
 
@@ -288,9 +306,9 @@ class BranchyResNet(ResNetWithExits):
     ):
         size = image_size - 2
         branch1 = nn.Sequential(
-            *(nn.Conv2d(16, 64, 5, padding=2), nn.ReLU(), local_response_norm()),
-            *(nn.Conv2d(64, 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(16, 64, 5, padding=2), relu(), LocalResponseNorm()),
+            *(nn.Conv2d(64, 32, 3, padding=1), relu()),
+            *(nn.Conv2d(32, 32, 3, padding=1), relu()),
             *(nn.Flatten(), nn.Linear(32 * size**2, num_classes)),
         )
         branch2 = nn.Sequential(
@@ -334,7 +352,7 @@ class UnpaddedCifarResNet(CifarResNet):
         self.conv1.padding = (0, 0)
         size = pooled(image_size - 2, 2, 2) - 5
         if size < 1:
-            raise ValueError(f"image_size {image_size} is too small: use 26 or more")
+            raise ValueError(f"image_size {image_size} is too small: use 23 or more")
         self.fc = nn.Linear(64 * size**2, num_classes)
 
     def head(self, x: Tensor) -> Tensor:
