@@ -233,6 +233,8 @@ class ResNetWithExits(MultiExitNetwork):
         Raises:
             ValueError: not one gate per block.
         """
+        if isinstance(gates, Tensor) and gates.dim() != 1:
+            raise ValueError("images leave, so no gates per sample: give one gate per block")
         return self._cut(self.trunk.split_gates(gates, 0))
 
     def _cut(self, gates: Sequence[float | Tensor | None]) -> Staged:

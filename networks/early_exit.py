@@ -277,7 +277,7 @@ def early_exit(
     stages, exits = network.stages, network.exits
     check_criterion(criterion)
     check_thresholds(thresholds, len(exits))
-    if getattr(network, "training", False):
+    if any(getattr(part, "training", False) for part in (network, *exits)):
         raise ValueError("early exit needs a network in evaluation mode: call network.eval()")
 
     state: State = images
@@ -329,8 +329,13 @@ def exits_taken(scores: Tensor, thresholds: Sequence[float], criterion: Criterio
         scores: (N, K), or without those of the last exit (N, K - 1), which do not count.
         thresholds: K - 1 numbers.
         criterion: what the scores are.
+
+    Raises:
+        ValueError: the thresholds do not fit the scores.
     """
     limits = torch.as_tensor(thresholds, dtype=scores.dtype, device=scores.device)
+    if scores.shape[1] - len(limits) not in (0, 1):
+        raise ValueError(f"{len(limits)} thresholds do not fit scores {tuple(scores.shape)}")
     leaving = leaves(scores[:, : len(limits)], limits, criterion)
     everyone = leaving.new_ones(len(scores), 1)
     return torch.cat([leaving, everyone], 1).byte().argmax(1)
@@ -399,10 +404,11 @@ def screen_thresholds(
     check_criterion(criterion)
     num_images, num_exits = correct.shape
     num_axes = num_exits - 1
-    if scores.shape[0] != num_images or scores.shape[1] < num_axes or len(costs) != num_exits:
+    shapes = [(num_images, num_exits), (num_images, num_axes)]
+    if tuple(scores.shape) not in shapes or len(costs) != num_exits or num_exits < 2:
         raise ValueError(
             f"scores {tuple(scores.shape)}, correct {tuple(correct.shape)} and {len(costs)} costs "
-            "do not fit: give (N, K), (N, K) and K"
+            "do not fit: give (N, K), (N, K) and K, of two exits or more"
         )
     if num_images == 0:
         raise ValueError("no images to find thresholds with: hold out a validation split")
@@ -425,7 +431,7 @@ def screen_thresholds(
     ranks = (~leaves(scores[:, :num_axes, None], grid, criterion)).sum(2)
     num_left, num_right = [], []
     for index in range(num_exits):
-        for counts, rows in ((num_left, slice(None)), (num_right, correct[:, index])):
+        for counts, rows in ((num_left, slice(None)), (num_right, correct[:, index].bool())):
             cells = _count_cells(ranks[rows, : index + 1], size)
             for axis in range(cells.dim()):
                 below = cells.cumsum(axis)
@@ -436,14 +442,15 @@ def screen_thresholds(
             shape = [size] * cells.dim() + [1] * (num_axes - cells.dim())
             counts.append(cells.reshape(shape).expand([size] * num_axes).flatten())
 
-    shares = torch.stack(num_left, 1).double() / num_images
+    counts = torch.stack(num_left, 1).double()
     accuracy = torch.stack(num_right, 1).sum(1).double() / num_images
-    cost = shares @ torch.tensor(costs, dtype=torch.float64, device=shares.device)
+    # Divided last: sums of whole numbers are exact, so that equal costs are equal.
+    cost = counts @ torch.tensor(costs, dtype=torch.float64, device=counts.device) / num_images
     points = torch.cartesian_prod(*[torch.tensor(candidates, dtype=torch.float64)] * num_axes)
     front = _front(cost, accuracy)
     return Screening(
         points.reshape(-1, num_axes),
-        *(values.cpu() for values in (accuracy, cost, shares, front)),
+        *(values.cpu() for values in (accuracy, cost, counts / num_images, front)),
         knee=int(front[_knee(cost[front], accuracy[front])]),
     )
 
@@ -506,10 +513,10 @@ def thresholds_for_fractions(
     for index, count in enumerate(counts[:-1]):
         candidates = scores[inside, index]
         candidates = candidates[~candidates.isnan()].sort(descending=not is_entropy).values
-        if count == 0 or count > len(candidates):
+        if count == 0 or count > inside.sum() or len(candidates) == 0:
             threshold = -math.inf if is_entropy else math.inf
         else:
-            limit = candidates[count - 1]
+            limit = candidates[min(count, len(candidates)) - 1]
             if is_entropy:  # who is at the limit leaves, and to leave is to be strictly below
                 limit = limit.nextafter(limit.new_tensor(math.inf))
             threshold = limit.item()
@@ -541,13 +548,15 @@ def thresholds_for_budget(
         criterion: what the scores are.
 
     Raises:
-        ValueError: the budget is outside what the exits span.
+        ValueError: no images, or a budget outside what the exits span.
     """
     if not costs[0] <= budget <= costs[-1]:
         raise ValueError(
             f"a budget of {budget:,.0f} per image is outside what the exits cost: "
             f"{costs[0]:,.0f} to {costs[-1]:,.0f}"
         )
+    if len(scores) == 0:
+        raise ValueError("no images to find thresholds with: hold out a validation split")
     price = torch.tensor(costs, dtype=torch.float64)
     low, high = -50.0, 50.0  # of the logarithm of the ratio
     best, best_cost = None, -1.0

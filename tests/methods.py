@@ -21,6 +21,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "class_path": "lightning_modules.LitStochasticDepth",
         "init_args": {"net": SMALL_NET, "mode": "row", "rescale": True},
     },
+    "branchynet": {
+        "class_path": "lightning_modules.LitBranchyNet",
+        "init_args": {
+            "net": {
+                "class_path": "networks.ResNetWithExits",
+                "init_args": {"trunk": SMALL_NET, "exits_after": [0, 2]},
+            }
+        },
+    },
 }
 
 
@@ -35,6 +44,11 @@ def config(method: str) -> dict[str, Any]:
         "class_path": "torch.optim.lr_scheduler.MultiStepLR",
         "init_args": {"milestones": [1, 2]},
     }
+    callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
+    if "stochastic_depth" in method:
+        callbacks.append("SurvivalProbabilityLogger")
+    if method == "branchynet":
+        callbacks.append("ExitStatistics")
     return {
         "seed_everything": 7,
         "model": model,
@@ -47,5 +61,6 @@ def config(method: str) -> dict[str, Any]:
             "limit_train_batches": 7,
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
+            "callbacks": [{"class_path": f"callbacks.{name}"} for name in callbacks],
         },
     }

@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 
+from networks import CifarResNet
+
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
 
@@ -27,9 +29,9 @@ def change(config: dict[str, Any], path: str, value: Any) -> None:
     config[last] = value
 
 
-def experiment(folder: Path, **changes: Any) -> Path:
+def experiment(folder: Path, method: str = "stochastic_depth", **changes: Any) -> Path:
     """Writes a small experiment; keyword `a__b=1` changes the key a.b."""
-    config = methods.config("stochastic_depth")
+    config = methods.config(method)
     config["trainer"]["max_epochs"] = 1
     for path, value in changes.items():
         change(config, path.replace("__", "."), value)
@@ -112,6 +114,69 @@ def assert_one_line(status: int, output: str, message: str) -> None:
     assert "Traceback" not in output
 
 
+def foreign_trunk(folder: Path) -> str:
+    network = CifarResNet(14, in_channels=1)
+    weights = {f"net.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": weights}, folder / "trunk.ckpt")
+    return "trunk.ckpt"
+
+
+INIT = "model__init_args__"
+BAD_EXITS = {
+    "too many thresholds": (
+        {INIT + "exit_thresholds": [0.1, 0.2, 0.3]},
+        "3 exit thresholds for 3 exits: give 2, shallow to deep",
+    ),
+    "NaN threshold": (
+        {INIT + "exit_thresholds": [0.1, float("nan")]},
+        "the threshold of exit 2 is NaN",
+    ),
+    "unknown criterion": ({INIT + "exit_criterion": "margin"}, "'entropy', 'confidence'"),
+    "too few weights": (
+        {INIT + "exit_loss_weights": [1.0]},
+        "1 exit_loss_weights for 3 exits: give one per exit, shallow to deep",
+    ),
+    "weight of 0": (
+        {INIT + "exit_loss_weights": [1.0, 0.0, 1.0]},
+        "give positive numbers, or zeros for all but the last",
+    ),
+    "thresholds of untrained exits": (
+        {INIT + "exit_loss_weights": [0, 0, 1], INIT + "exit_thresholds": [0.1, 0.1]},
+        "exit_thresholds need exits that are trained",
+    ),
+    "order of the exits": ({NET + "exits_after": [2, 0]}, "give rising numbers from 0 to 2"),
+    "no trunk": ({INIT + "trunk_checkpoint": "no.ckpt"}, "no trunk checkpoint no.ckpt: train the"),
+    "no checkpoint": (
+        {INIT + "trunk_checkpoint": "experiment.yaml"},
+        "experiment.yaml is not a checkpoint of tensors",
+    ),
+    "trunk of another depth": (
+        {INIT + "trunk_checkpoint": foreign_trunk},
+        "the trunk's weights are of another network: trunk.layer1.1.conv1.weight is (16, 16, 3, 3) "
+        "there and absent here",
+    ),
+    "image size": (
+        {INIT + "net": {"class_path": "networks.BranchyLeNet"}},
+        "takes images of 28 x 28 pixels and the data has 32 x 32: set the network's image_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EXITS)
+def test_mistake_with_exits_is_one_line(name: str, tmp_path: Path) -> None:
+    changes, message = BAD_EXITS[name]
+    changes = {k: v(tmp_path) if isinstance(v, Callable) else v for k, v in changes.items()}
+    experiment(tmp_path, "branchynet", **changes)
+    assert_one_line(*launch.run(COMMAND, tmp_path), message)
+    assert not (tmp_path / "run/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("callback", ["ExitStatistics", "SurvivalProbabilityLogger"])
+def test_callback_of_another_method_is_one_line(callback: str, tmp_path: Path) -> None:
+    experiment(tmp_path, "resnet", trainer__callbacks=[{"class_path": f"callbacks.{callback}"}])
+    assert_one_line(*launch.run(COMMAND, tmp_path), f"{callback} has nothing to log of LitResNet")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_mistake_is_one_line(name: str, tmp_path: Path) -> None:
     changes, message = BAD[name]
@@ -167,7 +232,7 @@ def test_mistake_on_the_command_line(args: list[str], message: str, tmp_path: Pa
 
 
 def test_life_of_a_run_folder(tmp_path: Path) -> None:
-    experiment(tmp_path, trainer__callbacks=[{"class_path": "callbacks.SurvivalProbabilityLogger"}])
+    experiment(tmp_path)
     status, output = launch.run(COMMAND, tmp_path)
     assert status == 0, output
     assert "operating points" in output

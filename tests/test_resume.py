@@ -62,7 +62,7 @@ def assert_same_run(one: Path, other: Path) -> None:
             del checkpoint["loops"]
         assert_same(a, b, name)
     assert metrics(one) == metrics(other)
-    for name in ("survival.csv", "config.yaml"):
+    for name in ("survival.csv", "exits.csv", "exit_curve.csv", "config.yaml"):
         files = [folder / "run" / name for folder in (one, other)]
         assert files[0].exists() == files[1].exists()
         assert not files[0].exists() or files[0].read_text() == files[1].read_text()
@@ -88,17 +88,9 @@ def after_next_checkpoint(folder: Path) -> Callable[[], Callable[[], bool]]:
     return moment
 
 
-CALLBACKS = [
-    {"class_path": "callbacks.SurvivalProbabilityLogger"},
-    {"class_path": "callbacks.GradientMagnitudeLogger"},
-    {"class_path": "callbacks.ThroughputMonitor"},
-]
-
-
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
     config = methods.config(method)
-    config["trainer"]["callbacks"] = CALLBACKS if "stochastic_depth" in method else CALLBACKS[1:]
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
     assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 5
@@ -130,7 +122,7 @@ def test_killed_under_other_trainer_settings(changes: dict[str, Any], tmp_path: 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Five kills at moments that follow no plan: during start-up, a step, a write, validation."""
     config = methods.config("stochastic_depth")
-    config["trainer"] |= {"max_epochs": 6, "callbacks": CALLBACKS}
+    config["trainer"]["max_epochs"] = 6
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     start = time.monotonic()
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()

@@ -1,0 +1,296 @@
+"""Training with exits, and what becomes of the thresholds: every number computed another way."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from torch import Tensor
+from torch.distributions import Categorical
+
+from callbacks import AtomicCheckpointIO, ExitStatistics, OperatingPoints, PredictionWriter
+from datamodules import DigitsDataModule
+from lightning_modules import LitBranchyNet, LitResNet
+from networks import CifarResNet, ResNetWithExits, count_macs, count_params, early_exit
+
+
+def network() -> ResNetWithExits:
+    seed_everything(3, verbose=False)
+    return ResNetWithExits(CifarResNet(8, in_channels=1), exits_after=[0, 2])
+
+
+def make_trainer(folder: Path, num_epochs: int = 1, **arguments) -> Trainer:
+    callbacks = [ExitStatistics(), OperatingPoints(), PredictionWriter()]
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=num_epochs,
+        limit_train_batches=8,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        **({"callbacks": callbacks} | arguments),
+    )
+
+
+def all_of(data: DigitsDataModule, split: str) -> tuple[Tensor, Tensor]:
+    batches = [
+        data.on_after_batch_transfer(batch, 0) for batch in getattr(data, f"{split}_dataloader")()
+    ]
+    return tuple(torch.cat(column) for column in zip(*batches, strict=True))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LitBranchyNet]:
+    """Fits and tests once; the folder also holds `last.ckpt`."""
+    folder = tmp_path_factory.mktemp("run")
+    module = LitBranchyNet(network(), exit_thresholds=[2.1, 1.0])
+    trainer = make_trainer(folder, num_epochs=3)
+    data = DigitsDataModule(batch_size=64)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    trainer.test(module, datamodule=data, verbose=False)
+    return folder, module.eval()
+
+
+def test_loss_is_the_weighted_sum_of_the_exits(tmp_path: Path) -> None:
+    weights = [1.0, 0.3, 0.5]
+    net = network().double()
+    data = DigitsDataModule(batch_size=16)
+    data.setup("fit")
+    images, labels = all_of(data, "val")
+    images = images[:16].double()
+    seen = []
+    module = LitBranchyNet(net, exit_loss_weights=weights)
+    module.log_training = lambda loss, logits, labels, batch_idx: seen.append(logits)
+    loss = module.training_step((images, labels[:16]), 0)
+    loss.backward()
+    joint = {name: p.grad.clone() for name, p in net.named_parameters()}
+
+    total = {name: torch.zeros_like(grad) for name, grad in joint.items()}
+    losses = [F.cross_entropy(logits, labels[:16]) for logits in net(images)]
+    for weight, one in zip(weights, losses, strict=True):
+        net.zero_grad()
+        one.backward(retain_graph=True)
+        for name, parameter in net.named_parameters():
+            if parameter.grad is not None:
+                total[name] += weight * parameter.grad
+    expected = sum(weight * one.item() for weight, one in zip(weights, losses, strict=True))
+    assert loss.item() == pytest.approx(expected)
+    for name, grad in joint.items():
+        torch.testing.assert_close(grad, total[name], rtol=1e-10, atol=1e-12)
+    assert torch.equal(seen[0], net(images)[-1])  # the accuracy logged is that of the last exit
+
+
+def test_stage_1_is_the_training_of_the_bare_trunk(tmp_path: Path) -> None:
+    seed_everything(3, verbose=False)
+    alone = LitResNet(CifarResNet(8, in_channels=1))
+    stage_1 = LitBranchyNet(network(), exit_loss_weights=[0, 0, 1], optimizer=alone.optimizer)
+    before = {name: value.clone() for name, value in stage_1.net.early_exits.state_dict().items()}
+    trainers = []
+    for module in (alone, stage_1):
+        trainers.append(make_trainer(tmp_path, callbacks=[OperatingPoints()]))
+        trainers[-1].fit(module, datamodule=DigitsDataModule(batch_size=64))
+    for name, value in alone.net.state_dict().items():
+        assert torch.equal(value, stage_1.net.trunk.state_dict()[name]), name
+    for name, value in stage_1.net.early_exits.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    # Its table holds the trunk, and nothing of exits that are not trained.
+    trainers[-1].test(stage_1, datamodule=DigitsDataModule(batch_size=64), verbose=False)
+    (point,) = rows(tmp_path / "operating_points.csv")
+    assert point["name"] == "full"
+    assert int(point["params"]) == count_params(alone.net)
+    assert int(point["macs"]) == count_macs(alone.net.eval(), torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("stage_1", ["exits", "bare"])
+def test_stage_2_starts_from_the_trunk(stage_1: str, tmp_path: Path) -> None:
+    seed_everything(5, verbose=False)
+    bare = CifarResNet(8, in_channels=1)
+    source: LightningModule = LitResNet(bare)
+    if stage_1 == "exits":
+        source = LitBranchyNet(ResNetWithExits(bare, [0, 2]), exit_loss_weights=[0, 0, 1])
+    trainer = make_trainer(tmp_path, callbacks=[])
+    trainer.fit(source, datamodule=DigitsDataModule(batch_size=64))
+    trainer.save_checkpoint(tmp_path / "trunk.ckpt")
+
+    module = LitBranchyNet(network(), trunk_checkpoint=str(tmp_path / "trunk.ckpt"))
+    fresh = {name: value.clone() for name, value in module.net.early_exits.state_dict().items()}
+    trainer = make_trainer(tmp_path, num_epochs=0, callbacks=[])
+    trainer.fit(module, datamodule=DigitsDataModule(batch_size=64))
+    for name, value in bare.state_dict().items():
+        assert torch.equal(value, module.net.trunk.state_dict()[name]), name
+    for name, value in module.net.early_exits.state_dict().items():
+        assert torch.equal(value, fresh[name]), name
+
+
+def test_resumed_run_does_not_look_at_the_trunk_again(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[])
+    trainer.fit(LitResNet(CifarResNet(8, in_channels=1)), datamodule=DigitsDataModule(64))
+    trunk = tmp_path / "trunk.ckpt"
+    trainer.save_checkpoint(trunk)
+    module = LitBranchyNet(network(), trunk_checkpoint=str(trunk))
+    trainer = make_trainer(tmp_path, callbacks=[])
+    trainer.fit(module, datamodule=DigitsDataModule(64))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trunk.unlink()
+    resumed = LitBranchyNet(network(), trunk_checkpoint=str(trunk))
+    trainer = make_trainer(tmp_path, num_epochs=2, callbacks=[])
+    trainer.fit(resumed, datamodule=DigitsDataModule(64), ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 16
+
+
+def test_checkpoint_holds_the_thresholds_of_its_weights(trained) -> None:
+    """The grid, tried point by point on the validation data, by images that really leave."""
+    folder, module = trained
+    data = DigitsDataModule()
+    data.setup("fit")
+    images, labels = all_of(data, "val")
+    stored = torch.load(folder / "last.ckpt", weights_only=True)["exit_thresholds"]
+    assert stored["points"].keys() == {"adaptive_lossless", "adaptive_knee", "adaptive_best"}
+    assert stored["points"] == {k: v for k, v in module.exit_thresholds.items() if k != "adaptive"}
+
+    def try_out(thresholds: list[float]) -> tuple[float, float]:
+        logits, taken = early_exit(module.net, images, thresholds)
+        cost = torch.tensor(module.exit_costs.leaving, dtype=torch.float64)[taken].mean().item()
+        return (logits.argmax(1) == labels).double().mean().item(), cost
+
+    curve = [try_out(thresholds) for thresholds in stored["curve"]]
+    assert curve == sorted(curve)  # dearer is more accurate
+    last = (module(images).argmax(1) == labels).double().mean().item()
+    lossless = try_out(stored["points"]["adaptive_lossless"])
+    assert lossless[0] >= last
+    assert stored["points"]["adaptive_best"] == stored["curve"][-1]
+    # Nothing in the whole grid is better than the front.
+    grid = (0, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2, 3)
+    for first in grid[::3]:
+        for second in grid:
+            accuracy, cost = try_out([first, second])
+            assert any(a >= accuracy and c <= cost for a, c in curve)
+            assert accuracy < last or cost >= lossless[1]
+
+
+def test_operating_points_are_what_leaving_early_gives(trained) -> None:
+    folder, module = trained
+    data = DigitsDataModule()
+    data.setup("test")
+    images, labels = all_of(data, "test")
+    points = {row["name"]: row for row in rows(folder / "operating_points.csv")}
+    assert list(points)[:4] == ["exit1", "exit2", "full", "adaptive"]
+    assert list(points)[4:] == ["adaptive_lossless", "adaptive_knee", "adaptive_best"]
+    for name, thresholds in module.exit_thresholds.items():
+        # One image after the other, each with a counter of its own.
+        right, macs = 0, 0
+        for image, label in zip(images.split(1), labels, strict=True):
+            answers = []
+            macs += count_macs(
+                lambda x, t=thresholds, a=answers: a.append(early_exit(module.net, x, t)), image
+            )
+            right += int(answers[0].logits.argmax() == label)
+        assert float(points[name]["test_acc"]) == pytest.approx(right / len(labels))
+        assert int(points[name]["macs"]) == round(macs / len(labels))
+        assert int(points[name]["params"]) == count_params(module.net)
+    for index, name in enumerate(("exit1", "exit2", "full")):
+        right = (module.net(images)[index].argmax(1) == labels).double().mean().item()
+        assert float(points[name]["test_acc"]) == pytest.approx(right)
+    # exit1: stem 16x9 + BN, linear 16x10; the other exits and stages are not there.
+    assert int(points["exit1"]["params"]) == 16 * 9 + 2 * 16 + 16 * 10 + 10
+    assert int(points["exit1"]["macs"]) == 16 * 9 * 32 * 32 + 160
+    assert int(points["full"]["params"]) == count_params(module.net.trunk)
+
+
+def test_statistics_of_the_exits(trained) -> None:
+    folder, module = trained
+    data = DigitsDataModule()
+    data.setup("test")
+    images, labels = all_of(data, "test")
+    exits = module.net(images)
+    exit_rows = rows(folder / "exits.csv")
+    for name, thresholds in module.exit_thresholds.items():
+        logits, taken = early_exit(module.net, images, thresholds)
+        here = [row for row in exit_rows if row["point"] == name]
+        assert [row["exit"] for row in here] == ["exit1", "exit2", "full"]
+        for index, row in enumerate(here):
+            left = taken == index
+            assert float(row["share"]) == pytest.approx(left.double().mean().item())
+            if left.any():
+                right = (logits[left].argmax(1) == labels[left]).double().mean().item()
+                assert float(row["acc"]) == pytest.approx(right)
+
+    histogram = rows(folder / "exit_entropy.csv")
+    assert float(histogram[-1]["to"]) == pytest.approx(math.log(10))
+    for name, logits in zip(("exit1", "exit2", "full"), exits, strict=True):
+        entropies = Categorical(logits=logits).entropy().detach()
+        counts, _ = torch.histogram(entropies, bins=20, range=(0, math.log(10)))
+        assert [float(row[name]) for row in histogram] == counts.tolist()
+
+    speed = rows(folder / "exit_speed.csv")
+    assert [row["branches"] for row in speed] == ["", *["run", "free"] * 4]
+    trunk = count_macs(module.net.trunk, images[:1])
+    for row in speed:
+        assert float(row["macs_gain"]) == pytest.approx(trunk / float(row["macs"]))
+        assert float(row["ms_gain"]) == pytest.approx(
+            float(speed[0]["ms_per_image"]) / float(row["ms_per_image"])
+        )
+    curve = rows(folder / "exit_curve.csv")
+    assert [float(row["macs"]) for row in curve] == sorted(float(row["macs"]) for row in curve)
+
+
+def test_predict_says_which_exit_answered(trained, tmp_path: Path) -> None:
+    folder, module = trained
+    data = DigitsDataModule()
+    data.setup("test")
+    images, _ = all_of(data, "test")
+    entropies = [Categorical(logits=logits).entropy() for logits in module.net(images)]
+    halves = [values.median().item() for values in entropies[:2]]
+    for given in (None, halves):
+        fresh = LitBranchyNet(network(), exit_thresholds=given)
+        trainer = make_trainer(tmp_path)
+        trainer.predict(fresh, datamodule=data, ckpt_path=folder / "last.ckpt")
+        thresholds = given or module.exit_thresholds["adaptive_lossless"]
+        logits, taken = early_exit(module.net, images, thresholds)
+        written = rows(tmp_path / "predictions.csv")
+        assert [int(row["exit"]) for row in written] == (taken + 1).tolist()
+        assert [int(row["class"]) for row in written] == logits.argmax(1).tolist()
+    assert taken.unique().tolist() == [0, 1, 2]
+
+
+def test_without_validation_data_the_last_exit_answers(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=64, val_size=0)
+    module = LitBranchyNet(network())
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, datamodule=data)
+    with pytest.warns(UserWarning, match="holds no exit thresholds, so no image leaves early"):
+        trainer.test(module, datamodule=data, verbose=False)
+    names = [row["name"] for row in rows(tmp_path / "operating_points.csv")]
+    assert names == ["exit1", "exit2", "full"]
+    with pytest.warns(UserWarning, match="holds no exit thresholds"):
+        trainer.predict(module, datamodule=data)
+    assert "exit" not in rows(tmp_path / "predictions.csv")[0]
+
+
+def test_confidence_is_a_criterion_too(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=64)
+    module = LitBranchyNet(network(), exit_criterion="confidence")
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    images, labels = all_of(data, "test")
+    module.eval()
+    for name, thresholds in module.exit_thresholds.items():
+        logits, _ = early_exit(module.net, images, thresholds, "confidence")
+        right = (logits.argmax(1) == labels).double().mean().item()
+        assert trainer.callback_metrics[f"test/acc_{name}"].item() == pytest.approx(right)
