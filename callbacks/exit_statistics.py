@@ -1,7 +1,7 @@
 """What early exits did: who left where, how sure, how right, and what it saved."""
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,7 @@ from networks import early_exit, exits_taken, run_to_exit
 
 NUM_BINS = 20  # of an entropy histogram
 NUM_TIMED = 64  # images, one at a time
-SPEED_COLUMNS = (
-    *("point", "branches", "thresholds", "test_acc"),
-    *("macs", "macs_gain", "ms_per_image", "ms_gain"),
-)
+SPEED = ("point", "branches", "test_acc", "macs", "macs_gain", "ms_per_image", "ms_gain")
 
 
 class ExitStatistics(Callback):
@@ -29,7 +26,8 @@ class ExitStatistics(Callback):
 
     After every validation, to every logger, for the thresholds that the module prefers:
     `exits/share_<exit>` (of the images that leave there), `exits/acc_<exit>` (their accuracy) and
-    `exits/entropy_<exit>` (mean over all images). After a test, in the run folder and W&B:
+    `exits/entropy_<exit>` (mean over all images). After the test that follows a fit, in the run
+    folder and W&B (after a test alone, in files whose names end in `_again`):
 
         exits.csv            share and accuracy of those who leave at each exit, by operating point
         exit_entropy.csv     histogram of the entropy (natural logarithm) at each exit
@@ -37,11 +35,12 @@ class ExitStatistics(Callback):
         exit_speed.csv       each operating point against the trunk alone; also printed
 
     The last, as the paper has it, is about one image at a time: accuracy, MACs and milliseconds per
-    image, and how many times less that is than the trunk needs. Once as it is (branches "run"), and
-    once as if branches cost nothing ("free"), which is what BranchyNet's authors measured.
+    image, and how many times less that is than the trunk needs, which is this network's last exit
+    without the others. Once as it is (branches "run"), and once as if branches cost nothing
+    ("free"), which is what BranchyNet's authors measured.
 
-    Reads of the module: `net`, `exit_names`, `exit_criterion`, `exit_thresholds`, `exit_curve`,
-    `exit_outputs`, `exit_costs`, `measure()`.
+    Reads of the module: `net`, `exit_names`, `has_early_exits`, `exit_criterion`,
+    `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `measure()`.
 
     Raises:
         ValueError: the module has no exits.
@@ -49,6 +48,10 @@ class ExitStatistics(Callback):
 
     def __init__(self) -> None:
         self.images = TestImages(NUM_TIMED)
+        self.suffix = "_again"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.suffix = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "exit_names"):
@@ -58,7 +61,7 @@ class ExitStatistics(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or not pl_module.exit_thresholds:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.has_early_exits:
             return
         thresholds = next(iter(pl_module.exit_thresholds.values()))
         entropies = pl_module.exit_outputs.entropies.mean(0).tolist()
@@ -67,7 +70,7 @@ class ExitStatistics(Callback):
             pl_module.exit_names, entropies, exit_shares(pl_module, thresholds), strict=True
         ):
             metrics |= {f"exits/share_{name}": share, f"exits/entropy_{name}": mean}
-            if share:
+            if accuracy is not None:
                 metrics[f"exits/acc_{name}"] = accuracy
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step - 1)
@@ -84,42 +87,51 @@ class ExitStatistics(Callback):
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        images = self.images.take()
-        if not trainer.is_global_zero or len(pl_module.exit_names) == 1:
+        if not trainer.is_global_zero or not pl_module.has_early_exits:
             return
-        folder = Path(trainer.default_root_dir)
         with trainer.precision_plugin.forward_context():
-            speed = speed_rows(pl_module, images)
-        write(folder / "exits.csv", ("point", "exit", "share", "acc"), exit_rows(pl_module))
-        histogram = entropy_rows(pl_module)
-        write(folder / "exit_entropy.csv", ("from", "to", *pl_module.exit_names), histogram)
-        curve = curve_rows(pl_module)
-        write(folder / "exit_curve.csv", ("thresholds", "test_acc", "macs"), curve)
-        write(folder / "exit_speed.csv", SPEED_COLUMNS, speed)
+            speed = speed_rows(pl_module, self.images.take())
+        histogram, curve = entropy_rows(pl_module), curve_rows(pl_module)
+        names = pl_module.exit_names
+        tables = {
+            "exits": (("point", "exit", "threshold", "share", "acc"), exit_rows(pl_module)),
+            "exit_entropy": (("from", "to", *names), histogram),
+            "exit_curve": (
+                (*(f"threshold_{name}" for name in names[:-1]), "test_acc", "macs"),
+                curve,
+            ),
+            "exit_speed": (SPEED, speed),
+        }
+        for name, (columns, rows) in tables.items():
+            path = Path(trainer.default_root_dir, f"{name}{self.suffix}.csv")
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([columns, *rows])
         print_speed(speed)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_to_wandb(logger, pl_module, curve, histogram)
 
 
-def exit_shares(module: LightningModule, thresholds: Sequence[float]) -> list[tuple[float, float]]:
+def exit_shares(
+    module: LightningModule, thresholds: Sequence[float]
+) -> list[tuple[float, float | None]]:
     """Returns for each exit the share of the images that leave there, and their accuracy."""
     outputs = module.exit_outputs
     taken = exits_taken(outputs.scores, thresholds, module.exit_criterion)
     shares = []
     for index in range(outputs.correct.shape[1]):
         here = taken == index
-        right = outputs.correct[here, index].double().mean().item()
+        right = outputs.correct[here, index].double().mean().item() if here.any() else None
         shares.append((here.double().mean().item(), right))
     return shares
 
 
 def exit_rows(module: LightningModule) -> list[tuple]:
     return [
-        (point, name, share, accuracy)
+        (point, name, threshold, share, accuracy)
         for point, thresholds in module.exit_thresholds.items()
-        for name, (share, accuracy) in zip(
-            module.exit_names, exit_shares(module, thresholds), strict=True
+        for name, threshold, (share, accuracy) in zip(
+            module.exit_names, [*thresholds, None], exit_shares(module, thresholds), strict=True
         )
     ]
 
@@ -135,11 +147,11 @@ def entropy_rows(module: LightningModule) -> list[list[float]]:
 
 
 def curve_rows(module: LightningModule) -> list[tuple]:
-    return [(thresholds, *module.measure(thresholds)) for thresholds in module.exit_curve]
+    return [(*thresholds, *module.measure(thresholds)) for thresholds in module.exit_curve]
 
 
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
-    """Returns the trunk and every point of thresholds, with what `SPEED_COLUMNS` says."""
+    """Returns the trunk and every point of thresholds, in the columns of `SPEED`."""
     net, costs, criterion = module.net, module.exit_costs, module.exit_criterion
     contenders: dict[str, Callable[[Tensor], object]] = {
         "trunk": one_by_one(partial(run_to_exit, net, net.num_exits - 1))
@@ -151,7 +163,7 @@ def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     ms = time_points(contenders, [images])
 
     accuracy = module.exit_outputs.correct[:, -1].double().mean().item()
-    rows: list[tuple] = [("trunk", "", "", accuracy, costs.trunk, 1.0, ms["trunk"], 1.0)]
+    rows: list[tuple] = [("trunk", None, accuracy, costs.trunk, 1.0, ms["trunk"], 1.0)]
     for point, thresholds in module.exit_thresholds.items():
         accuracy, macs = module.measure(thresholds)
         taken = exits_taken(module.exit_outputs.scores, thresholds, criterion)
@@ -159,7 +171,7 @@ def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
         sides = ("run", macs, ms[point]), ("free", free, ms[f"{point}, free"])
         for branches, cost, time in sides:
             gains = (cost, costs.trunk / cost, time, ms["trunk"] / time)
-            rows.append((point, branches, thresholds, accuracy, *gains))
+            rows.append((point, branches, accuracy, *gains))
     return rows
 
 
@@ -175,29 +187,24 @@ def one_by_one(function: Callable[[Tensor], object]) -> Callable[[Tensor], None]
 
 def trunk_only(net: Any, exit_index: Tensor) -> Callable[[Tensor], None]:
     """Returns a function that takes each image to its exit and asks no exit but the last."""
-    taken = exit_index.tolist()
+    taken, stages, last_exit = exit_index.tolist(), net.stages, net.exits[-1]
 
     def run(images: Tensor) -> None:
         for image, index in zip(images.split(1), taken, strict=True):
             state = image
-            for stage in net.stages[: index + 1]:
+            for stage in stages[: index + 1]:
                 state = stage(state)
-            if index == len(net.exits) - 1:
-                net.exits[index](state)
+            if index == len(stages) - 1:
+                last_exit(state)
 
     return run
 
 
-def write(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-
-
 def print_speed(rows: Sequence[tuple]) -> None:
     table = Table(title="early exit, one image at a time")
-    for title in ("name", "branches", "accuracy", "MACs", "gain", "ms", "gain"):
+    for title in ("name", "branches", "accuracy", "MACs", "gain in MACs", "ms", "in time"):
         table.add_column(title, justify="left" if title in ("name", "branches") else "right")
-    for point, branches, _, accuracy, macs, gain, ms, speedup in rows:
+    for point, branches, accuracy, macs, gain, ms, speedup in rows:
         figures = (f"{macs:,.0f}", f"{gain:.2f}", f"{ms:.3f}", f"{speedup:.2f}")
         table.add_row(point, branches, f"{accuracy:.2%}", *figures)
     Console().print(table)
@@ -208,7 +215,7 @@ def log_to_wandb(
 ) -> None:
     import wandb  # slow to import, and only those who log to it pay
 
-    table = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for _, acc, macs in curve])
+    table = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for *_, acc, macs in curve])
     edges = [row[0] for row in histogram] + [histogram[-1][1]]
     panels = {
         "exits/acc_against_macs": wandb.plot.line(

@@ -22,9 +22,9 @@ from torch.optim import Adam, Optimizer
 from lightning_modules.base import FULL, Batch, OptimizerFactory, SchedulerFactory
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
 from networks import MultiExitNetwork, run_to_exit, screen_thresholds
-from networks.early_exit import Criterion, ExitCosts
+from networks.early_exit import MAX_GRID, Criterion, ExitCosts
 
-PREFIX = "net."
+MAX_EXITS = int(math.log(MAX_GRID, 3)) + 1  # with one threshold to try, and that of nobody
 
 
 def adam(params: Iterable) -> Optimizer:
@@ -51,7 +51,8 @@ class LitBranchyNet(MultiExitClassifier):
         optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
 
     Raises:
-        ValueError: wrong weights or thresholds, or a trunk that does not fit.
+        ValueError: wrong weights or thresholds, more than 14 exits, a trunk that does not fit, or a
+            run that goes on from a checkpoint of other weights of the losses.
         FileNotFoundError: no trunk checkpoint.
     """
 
@@ -70,6 +71,11 @@ class LitBranchyNet(MultiExitClassifier):
         super().__init__(
             net, exit_criterion, exit_thresholds, optimizer, lr_scheduler, lr_interval, seed
         )
+        if net.num_exits > MAX_EXITS:
+            raise ValueError(
+                f"{net.num_exits} exits make a grid of thresholds that is too large: give the "
+                f"network {MAX_EXITS} at most"
+            )
         weights = [1.0] * net.num_exits if exit_loss_weights is None else list(exit_loss_weights)
         if len(weights) != net.num_exits:
             raise ValueError(
@@ -124,9 +130,20 @@ class LitBranchyNet(MultiExitClassifier):
             screening.thresholds[screening.front].tolist(),
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["exit_loss_weights"] = self.exit_loss_weights
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        # A run that goes on has weights of its own.
+        weights = checkpoint.get("exit_loss_weights")
+        is_fit = self._trainer is not None and self._trainer.state.fn == "fit"
+        if is_fit and weights != self.exit_loss_weights:
+            raise ValueError(
+                f"the checkpoint is of a training with exit_loss_weights {weights}, not "
+                f"{self.exit_loss_weights}: to start from its trunk, give it as trunk_checkpoint"
+            )
+        # A run that goes on has a trunk of its own.
         self.trunk_checkpoint = None
 
     def on_fit_start(self) -> None:
@@ -146,11 +163,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"no trunk checkpoint {path}: train the trunk first, or correct trunk_checkpoint"
         )
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        content = None
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain data: correct trunk_checkpoint"
-        ) from error
+        )
     return {
-        key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)
+        key.removeprefix("net."): value for key, value in weights.items() if key.startswith("net.")
     }

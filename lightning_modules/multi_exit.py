@@ -46,22 +46,23 @@ class ExitOutputs(NamedTuple):
 
 
 class FoundThresholds(NamedTuple):
-    """What a method makes of its validation data."""
+    """What a method makes of its validation data; empty before that."""
 
-    points: dict[str, list[float]]
+    points: dict[str, list[float]] = {}  # noqa: RUF012 (never changed)
     """Thresholds of the operating points, by name; the first is the method's own choice."""
-    curve: list[list[float]]
+    curve: list[list[float]] = []  # noqa: RUF012
     """Thresholds from cheap to expensive, for a curve of accuracy against MACs."""
 
 
 class MultiExitClassifier(ImageClassifier):
     """Evaluates every exit, finds thresholds on validation data, and leaves early with them.
 
-    Each validation ends with a search for thresholds, so that every checkpoint saved after one
-    holds those that fit its weights. Tests and predictions use them; without validation data there
-    are none, and every image goes to the last exit.
+    Each validation ends with a search for thresholds, and the checkpoint that is saved then holds
+    those that fit its weights; one that is saved later holds the latest, and their use warns. Tests
+    and predictions use them; without any, every image goes to the last exit.
 
-    Subclasses write `training_step` and `find_thresholds`.
+    Subclasses write `training_step` and `find_thresholds`; one that trains the last exit alone says
+    so in `exit_names`.
 
     Args:
         net: a network with exits, two or more.
@@ -70,7 +71,7 @@ class MultiExitClassifier(ImageClassifier):
         optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
 
     Attributes:
-        exit_names: operating points of the exits, shallow to deep: "exit1", ..., "full".
+        exit_names: operating points of the trained exits, shallow to deep: "exit1", ..., "full".
         exit_thresholds: by operating point; empty until they are found.
         exit_curve: thresholds from cheap to expensive.
         exit_outputs: those of the latest evaluation, all ranks together.
@@ -99,12 +100,12 @@ class MultiExitClassifier(ImageClassifier):
         self.exit_criterion = exit_criterion
         self.given_thresholds = exit_thresholds and list(exit_thresholds)
         self.exit_names = [*(f"exit{k}" for k in range(1, net.num_exits)), FULL]
-        self.exit_thresholds: dict[str, list[float]] = {}
-        self.exit_curve: list[list[float]] = []
         self.exit_outputs: ExitOutputs | None = None
         self.exit_costs: ExitCosts | None = None
         self._outputs: list[ExitOutputs] = []
-        self._set_thresholds(FoundThresholds({}, []))
+        self._thresholds_step = 0  # optimizer steps before the thresholds were found
+        self._stale_steps = 0  # and from then until the checkpoint that holds them
+        self._set_thresholds(FoundThresholds())
 
     def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
         """Finds thresholds on the outputs of the validation data."""
@@ -114,6 +115,11 @@ class MultiExitClassifier(ImageClassifier):
         given = {} if self.given_thresholds is None else {GIVEN: self.given_thresholds}
         self.exit_thresholds = given | found.points
         self.exit_curve = found.curve
+
+    @property
+    def has_early_exits(self) -> bool:
+        """Whether exits other than the last are trained, and evaluated."""
+        return len(self.exit_names) > 1
 
     # --- operating points -------------------------------------------------------------------------
 
@@ -148,7 +154,7 @@ class MultiExitClassifier(ImageClassifier):
         return costs
 
     def measure(self, thresholds: Sequence[float]) -> tuple[float, float]:
-        """Returns accuracy and mean MACs of thresholds over the latest evaluation."""
+        """Returns accuracy and mean MACs of thresholds over the latest evaluation's images."""
         outputs = self.exit_outputs
         taken = exits_taken(outputs.scores, thresholds, self.exit_criterion)
         right = outputs.correct.gather(1, taken[:, None]).double().mean()
@@ -159,14 +165,14 @@ class MultiExitClassifier(ImageClassifier):
 
     def evaluate(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the logits of every exit, from one pass."""
-        if len(self.exit_names) == 1:
+        if not self.has_early_exits:
             return super().evaluate(images)
         return dict(zip(self.exit_names, self.net(images), strict=True))
 
     def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch
         logits = super().eval_step(batch)
-        if len(logits) > 1:
+        if self.has_early_exits:
             if self.exit_costs is None:
                 self.exit_costs = count_exit_macs(self.net, images[:1])
             exits = list(logits.values())
@@ -180,11 +186,12 @@ class MultiExitClassifier(ImageClassifier):
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:
         metrics = super().finish_evaluation(split)
-        if len(self.exit_names) == 1:
+        if not self.has_early_exits:
             return metrics
         self._gather_outputs()
-        if split == "val":
+        if split == "val" and not self.trainer.sanity_checking:
             self._set_thresholds(self.find_thresholds(self.exit_outputs, self.exit_costs))
+            self._thresholds_step = self.global_step
         for name, thresholds in self.exit_thresholds.items():
             accuracy, macs = self.measure(thresholds)
             metrics[f"{split}/acc_{name}"] = torch.tensor(accuracy)
@@ -192,34 +199,34 @@ class MultiExitClassifier(ImageClassifier):
         return metrics
 
     def _gather_outputs(self) -> None:
-        """Puts the outputs of all batches and ranks together: as if one process had made them."""
-        own = (self._outputs, self.exit_costs)
-        ranks = [own]
+        """Puts the outputs of all batches and ranks together, as if one process had made them."""
+        ranks = [self._outputs]
         if self.trainer.world_size > 1:
-            ranks = [own] * self.trainer.world_size
-            torch.distributed.all_gather_object(ranks, own)
-        parts = [part for outputs, _ in ranks for part in outputs]
+            ranks = [[]] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, self._outputs)
+        parts = [part for outputs in ranks for part in outputs]
         columns = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         self.exit_outputs = ExitOutputs(*columns)
-        # A rank that had no batch has not counted.
-        self.exit_costs = next(costs for _, costs in ranks if costs is not None)
         self._outputs = []
 
-    def on_validation_epoch_start(self) -> None:
-        self._outputs = []
-
-    def on_test_epoch_start(self) -> None:
-        self._outputs = []
-        self._warn_without_thresholds()
+    def on_test_start(self) -> None:
+        self._warn_about_thresholds()
 
     def on_predict_start(self) -> None:
-        self._warn_without_thresholds()
+        self._warn_about_thresholds()
 
-    def _warn_without_thresholds(self) -> None:
-        if not self.exit_thresholds and len(self.exit_names) > 1:
+    def _warn_about_thresholds(self) -> None:
+        if not self.has_early_exits:
+            return
+        if not self.exit_thresholds:
             rank_zero_warn(
-                "the checkpoint holds no exit thresholds, so no image leaves early: train with "
-                "validation data, or give exit_thresholds"
+                f"no thresholds of the {self.exit_criterion} were found before this checkpoint, by "
+                "a validation of trained exits, so no image leaves early: give exit_thresholds"
+            )
+        elif self._stale_steps:
+            rank_zero_warn(
+                f"the exit thresholds were found {self._stale_steps} steps before this checkpoint "
+                "and may not fit it: validate at the end of training, or give exit_thresholds"
             )
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | tuple[Tensor, Tensor]:
@@ -238,10 +245,19 @@ class MultiExitClassifier(ImageClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        points = {k: v for k, v in self.exit_thresholds.items() if k != GIVEN}
-        checkpoint["exit_thresholds"] = {"points": points, "curve": self.exit_curve}
+        checkpoint["exit_thresholds"] = {
+            "criterion": self.exit_criterion,
+            "step": self._thresholds_step,
+            "points": {k: v for k, v in self.exit_thresholds.items() if k != GIVEN},
+            "curve": self.exit_curve,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("exit_thresholds", {"points": {}, "curve": []})
-        self._set_thresholds(FoundThresholds(**found))
+        found = checkpoint.get("exit_thresholds", {})
+        if found.get("criterion") != self.exit_criterion or not self.has_early_exits:
+            self._set_thresholds(FoundThresholds())
+            return
+        self._set_thresholds(FoundThresholds(found["points"], found["curve"]))
+        self._thresholds_step = found["step"]
+        self._stale_steps = checkpoint["global_step"] - found["step"] if found["points"] else 0

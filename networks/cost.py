@@ -42,8 +42,10 @@ def count_params_run(network: nn.Module, function: Callable[[Tensor], Any], imag
         )
         for module in network.modules()
     ]
-    with torch.no_grad():
-        function(images)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            function(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return sum(parameter.numel() for parameter in used)

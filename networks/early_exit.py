@@ -40,8 +40,8 @@ ENTROPY_GRID = (
 """Thresholds that BranchyNet's authors try at every exit."""
 CONFIDENCE_GRID = (0.9999, 0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.0)
 """Ours: the paper that leaves by confidence sets thresholds by fractions."""
-MAX_GRID = 10**7
-"""Points of a screening; some 200 bytes each."""
+MAX_GRID = 2_000_000
+"""Points of a screening; some hundred bytes each."""
 
 
 class HasExits(Protocol):
@@ -300,14 +300,14 @@ def early_exit(
         staying, going = (
             leaving.byte().argsort(stable=True).split([len(leaving) - num_leaving, num_leaving])
         )
-        answers.logits[rows[going]] = logits[going]
+        answers.logits[rows[going]] = logits[going].to(answers.logits.dtype)
         answers.exit_index[rows[going]] = index
         rows = rows[staying]
         state = pytree.tree_map_only(Tensor, partial(take_rows, rows=staying), state)
 
     if rows is None:
         return Answers(logits, torch.full((len(logits),), index, device=logits.device))
-    answers.logits[rows] = logits
+    answers.logits[rows] = logits.to(answers.logits.dtype)
     answers.exit_index[rows] = index
     return answers
 
@@ -394,12 +394,12 @@ def screen_thresholds(
         correct: (N, K) bool, whether each exit is right.
         costs: of an image that leaves at each exit, shallow to deep; any unit.
         criterion: what the scores are.
-        candidates: thresholds to try at every exit; None: `ENTROPY_GRID` or `CONFIDENCE_GRID`, and
-            the threshold at which nobody leaves.
+        candidates: thresholds to try at every exit; None: `ENTROPY_GRID` or `CONFIDENCE_GRID` (of
+            many exits, only every second of them, or fourth, ...), and one at which nobody leaves.
 
     Raises:
         ValueError: shapes that do not fit, no images, a candidate that is NaN, or a grid of more
-            than 10 million points.
+            than `MAX_GRID` points.
     """
     check_criterion(criterion)
     num_images, num_exits = correct.shape
@@ -413,8 +413,10 @@ def screen_thresholds(
     if num_images == 0:
         raise ValueError("no images to find thresholds with: hold out a validation split")
     if candidates is None:
-        nobody = 0.0 if criterion == "entropy" else math.inf
-        candidates = (nobody, *(ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID))
+        candidates = ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID
+        while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
+            candidates = candidates[::2]
+        candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
     if any(math.isnan(candidate) for candidate in candidates):
         raise ValueError("a candidate threshold is NaN: give numbers")
     # From strict, at which few leave, to lax.

@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,20 @@ from pytorch_lightning import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.distributions import Categorical
 
-from callbacks import AtomicCheckpointIO, ExitStatistics, OperatingPoints, PredictionWriter
+from callbacks import (
+    AtomicCheckpointIO,
+    CSVHistory,
+    ExitStatistics,
+    OperatingPoints,
+    PredictionWriter,
+)
+from callbacks.exit_statistics import curve_rows, entropy_rows, log_to_wandb, trunk_only
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitResNet
+from lightning_modules.branchynet import read_weights
+from lightning_modules.multi_exit import ExitOutputs
 from networks import CifarResNet, ResNetWithExits, count_macs, count_params, early_exit
+from networks.early_exit import ExitCosts
 
 
 def network() -> ResNetWithExits:
@@ -29,14 +40,13 @@ def make_trainer(folder: Path, num_epochs: int = 1, **arguments) -> Trainer:
         devices=1,
         max_epochs=num_epochs,
         limit_train_batches=8,
-        num_sanity_val_steps=0,
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
-        **({"callbacks": callbacks} | arguments),
+        **({"callbacks": callbacks, "num_sanity_val_steps": 0} | arguments),
     )
 
 
@@ -107,6 +117,8 @@ def test_stage_1_is_the_training_of_the_bare_trunk(tmp_path: Path) -> None:
         assert torch.equal(value, stage_1.net.trunk.state_dict()[name]), name
     for name, value in stage_1.net.early_exits.state_dict().items():
         assert torch.equal(value, before[name]), name
+    # Plain DDP would wait for the gradients of what asks for them and is not run.
+    assert not any(parameter.requires_grad for parameter in stage_1.net.early_exits.parameters())
 
     # Its table holds the trunk, and nothing of exits that are not trained.
     trainers[-1].test(stage_1, datamodule=DigitsDataModule(batch_size=64), verbose=False)
@@ -240,13 +252,160 @@ def test_statistics_of_the_exits(trained) -> None:
     speed = rows(folder / "exit_speed.csv")
     assert [row["branches"] for row in speed] == ["", *["run", "free"] * 4]
     trunk = count_macs(module.net.trunk, images[:1])
-    for row in speed:
-        assert float(row["macs_gain"]) == pytest.approx(trunk / float(row["macs"]))
+    right = (exits[-1].argmax(1) == labels).double().mean().item()
+    assert float(speed[0]["test_acc"]) == pytest.approx(right)
+    assert float(speed[0]["macs"]) == trunk
+    for row in speed[1:]:
+        thresholds = module.exit_thresholds[row["point"]]
+        logits, taken = early_exit(module.net, images, thresholds)
+        right = (logits.argmax(1) == labels).double().mean().item()
+        assert float(row["test_acc"]) == pytest.approx(right)
+        # 16 channels of 32x32 pixels: the stem, 2 blocks, then the trunk; exits are 16 to 10.
+        stem, blocks = 16 * 9 * 32**2, 16 * 16 * 9 * 32**2 * 2 + (16 + 32) * 32 * 9 * 16**2
+        paths = torch.tensor([stem, stem + blocks, trunk], dtype=torch.float64)
+        if row["branches"] == "run":
+            paths += torch.tensor([160, 160 + 320, 160 + 320])
+        assert float(row["macs"]) == pytest.approx(paths[taken].mean().item())
+        assert float(row["macs_gain"]) == pytest.approx(trunk / paths[taken].mean().item())
         assert float(row["ms_gain"]) == pytest.approx(
             float(speed[0]["ms_per_image"]) / float(row["ms_per_image"])
         )
     curve = rows(folder / "exit_curve.csv")
-    assert [float(row["macs"]) for row in curve] == sorted(float(row["macs"]) for row in curve)
+    for row, thresholds in zip(curve, module.exit_curve, strict=True):
+        assert [float(row["threshold_exit1"]), float(row["threshold_exit2"])] == thresholds
+        logits, taken = early_exit(module.net, images, thresholds)
+        right = (logits.argmax(1) == labels).double().mean().item()
+        assert float(row["test_acc"]) == pytest.approx(right)
+
+
+def test_panels_show_the_curve_and_the_histograms(trained) -> None:
+    _, module = trained
+    logged = {}
+    logger = SimpleNamespace(experiment=SimpleNamespace(log=logged.update))
+    curve, histogram = curve_rows(module), entropy_rows(module)
+    log_to_wandb(logger, module, curve, histogram)
+    names = [f"exits/entropy_histogram_{name}" for name in ("exit1", "exit2", "full")]
+    assert logged.keys() == {"exits/acc_against_macs", *names}
+    for column, name in enumerate(names, start=2):
+        assert list(logged[name].histogram) == [row[column] for row in histogram]
+    table = logged["exits/acc_against_macs"].table
+    assert table.data == [[row[-1], row[-2]] for row in curve]
+
+
+def test_trunk_alone_asks_no_exit_but_the_last(trained) -> None:
+    _, module = trained
+    seen = []
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: seen.append(name))
+        for name, part in {
+            "stem": module.net.trunk.conv1,
+            "block": module.net.trunk.layer1[0],
+            "last block": module.net.trunk.layer3[0],
+            "exit": module.net.early_exits[0],
+            "head": module.net.trunk.fc,
+        }.items()
+    ]
+    trunk_only(module.net, torch.tensor([0, 1, 2]))(torch.zeros(3, 1, 32, 32))
+    for hook in hooks:
+        hook.remove()
+    assert seen == ["stem", "stem", "block", "stem", "block", "last block", "head"]
+
+
+def test_shares_are_logged_after_every_validation(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=64)
+    module = LitBranchyNet(network())
+    trainer = make_trainer(tmp_path, callbacks=[ExitStatistics()], num_sanity_val_steps=1)
+    trainer.loggers = [CSVHistory(tmp_path / "metrics.csv")]
+    trainer.fit(module, datamodule=data)
+    (row,) = [row for row in rows(tmp_path / "metrics.csv") if row["exits/share_exit1"]]
+    images, labels = all_of(data, "val")
+    module.eval()
+    logits, taken = early_exit(module.net, images, module.exit_thresholds["adaptive_lossless"])
+    for index, (name, values) in enumerate(
+        zip(("exit1", "exit2", "full"), module.net(images), strict=True)
+    ):
+        left = taken == index
+        assert float(row[f"exits/share_{name}"]) == pytest.approx(left.double().mean().item())
+        mean = Categorical(logits=values).entropy().mean().item()
+        assert float(row[f"exits/entropy_{name}"]) == pytest.approx(mean, rel=1e-5)
+        if left.any():
+            right = (logits[left].argmax(1) == labels[left]).double().mean().item()
+            assert float(row[f"exits/acc_{name}"]) == pytest.approx(right)
+    assert row["step"] == "7"
+
+
+def test_testing_again_leaves_the_statistics_of_the_fit(trained, tmp_path: Path) -> None:
+    folder, _ = trained
+    fresh = LitBranchyNet(network(), exit_thresholds=[2.0, 2.0])
+    trainer = make_trainer(tmp_path)
+    trainer.test(
+        fresh, datamodule=DigitsDataModule(), ckpt_path=folder / "last.ckpt", verbose=False
+    )
+    names = ("exits", "exit_entropy", "exit_curve", "exit_speed")
+    assert all((tmp_path / f"{name}_again.csv").exists() for name in names)
+    assert not any((tmp_path / f"{name}.csv").exists() for name in names)
+
+
+def test_thresholds_of_another_criterion_are_not_used(trained, tmp_path: Path) -> None:
+    folder, _ = trained
+    fresh = LitBranchyNet(network(), exit_criterion="confidence")
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="no thresholds of the confidence were found"):
+        trainer.test(
+            fresh, datamodule=DigitsDataModule(), ckpt_path=folder / "last.ckpt", verbose=False
+        )
+    assert fresh.exit_thresholds == {}
+
+
+def test_trunk_alone_uses_no_thresholds_of_others(trained, tmp_path: Path) -> None:
+    folder, _ = trained
+    data = DigitsDataModule()
+    trunk = LitBranchyNet(network(), exit_loss_weights=[0, 0, 1])
+    arguments = {"datamodule": data, "ckpt_path": folder / "last.ckpt"}
+    make_trainer(tmp_path).test(trunk, **arguments, verbose=False)
+    (point,) = rows(tmp_path / "operating_points.csv")
+    assert point["name"] == "full"
+    make_trainer(tmp_path).predict(trunk, **arguments)
+    assert "exit" not in rows(tmp_path / "predictions.csv")[0]
+
+
+def test_stale_thresholds_warn(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=64)
+    module = LitBranchyNet(network())
+    trainer = make_trainer(tmp_path, callbacks=[], val_check_interval=5)
+    trainer.fit(module, datamodule=data)  # 8 steps, validated after 5
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="were found 3 steps before this checkpoint"):
+        trainer.predict(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_stage_1_is_not_resumed_as_stage_2(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=64)
+    trainer = make_trainer(tmp_path, callbacks=[])
+    trainer.fit(LitBranchyNet(network(), exit_loss_weights=[0, 0, 1]), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "trunk.ckpt")
+    trainer = make_trainer(tmp_path, num_epochs=2, callbacks=[])
+    with pytest.raises(ValueError, match="to start from its trunk, give it as trunk_checkpoint"):
+        trainer.fit(LitBranchyNet(network()), datamodule=data, ckpt_path=tmp_path / "trunk.ckpt")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"state_dict": [1]}, {"weights": 1}, 7])
+def test_file_that_is_no_checkpoint_is_no_trunk(content, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "trunk.ckpt")
+    with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain data: correct"):
+        read_weights(tmp_path / "trunk.ckpt")
+
+
+def test_number_of_exits_is_limited_by_the_grid() -> None:
+    """As many as are allowed are screened; one more is refused before the training."""
+    trunk = CifarResNet(50)
+    most = LitBranchyNet(ResNetWithExits(trunk, list(range(13))))
+    outputs = ExitOutputs(torch.rand(50, 14), torch.rand(50, 14), torch.rand(50, 14) > 0.5)
+    costs = ExitCosts([1] * 14, [1] * 14)
+    assert len(most.find_thresholds(outputs, costs).points["adaptive_best"]) == 13
+    with pytest.raises(ValueError, match="15 exits make a grid of thresholds that is too large"):
+        LitBranchyNet(ResNetWithExits(trunk, list(range(14))))
 
 
 def test_predict_says_which_exit_answered(trained, tmp_path: Path) -> None:
@@ -273,11 +432,11 @@ def test_without_validation_data_the_last_exit_answers(tmp_path: Path) -> None:
     module = LitBranchyNet(network())
     trainer = make_trainer(tmp_path)
     trainer.fit(module, datamodule=data)
-    with pytest.warns(UserWarning, match="holds no exit thresholds, so no image leaves early"):
+    with pytest.warns(UserWarning, match="no thresholds of the entropy were found before this"):
         trainer.test(module, datamodule=data, verbose=False)
     names = [row["name"] for row in rows(tmp_path / "operating_points.csv")]
     assert names == ["exit1", "exit2", "full"]
-    with pytest.warns(UserWarning, match="holds no exit thresholds"):
+    with pytest.warns(UserWarning, match="so no image leaves early: give exit_thresholds"):
         trainer.predict(module, datamodule=data)
     assert "exit" not in rows(tmp_path / "predictions.csv")[0]
 
