@@ -377,6 +377,21 @@ def test_lrn_is_the_closed_form(num_channels):
     torch.testing.assert_close(LocalResponseNorm()(x), lrn(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("piece", [1, 64 * 9 * 2, 10**9])
+@pytest.mark.parametrize("num_images", [0, 1, 5])
+def test_lrn_in_pieces_is_lrn(num_images, piece):
+    x = torch.randn(num_images, 64, 3, 3, dtype=torch.float64) * 100
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    layer = LocalResponseNorm()
+    layer.piece = piece
+    expected = lrn(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    out = layer(x)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert num_images == 0 or out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x)[0], gradient)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("side", range(3, 34))
 def test_pooling_covers_every_pixel(size, side):
