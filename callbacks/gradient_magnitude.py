@@ -11,18 +11,30 @@ class GradientMagnitudeLogger(Callback):
     """Logs `gradients/first_conv`, the epoch's mean |gradient| of the first convolution.
 
     Reads of the module: `net`.
+
+    Raises:
+        ValueError: the network has no convolution.
     """
 
     def __init__(self) -> None:
+        self.first: nn.Conv2d | None = None
         self.total: float | Tensor = 0.0
         self.num_steps = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        convs = [module for module in pl_module.net.modules() if isinstance(module, nn.Conv2d)]
+        if not convs:
+            raise ValueError(
+                f"GradientMagnitudeLogger has nothing to log of {type(pl_module.net).__name__}, "
+                "which has no convolution: remove it from trainer.callbacks"
+            )
+        self.first = convs[0]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        first = next(module for module in pl_module.net.modules() if isinstance(module, nn.Conv2d))
         # A tensor: reading it every step would make an accelerator wait.
-        self.total = self.total + first.weight.grad.abs().mean()
+        self.total = self.total + self.first.weight.grad.abs().mean()
         self.num_steps += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -88,11 +88,19 @@ def test_gradient_magnitude_is_the_mean_over_steps() -> None:
     logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((metrics, step)))
     trainer = SimpleNamespace(loggers=[logger], current_epoch=4, global_step=7)
     module = SimpleNamespace(net=net)
+    callback.on_fit_start(trainer, module)
     for value in (1.0, -3.0):
         net[1].weight.grad = torch.full_like(net[1].weight, value)
         callback.on_before_optimizer_step(trainer, module, None)
     callback.on_train_epoch_end(trainer, module)
     assert logged == [({"gradients/first_conv": 2.0, "epoch": 4}, 6)]
+
+
+def test_gradient_magnitude_of_no_convolution_is_refused() -> None:
+    """A StopIteration in a hook would end the training in silence."""
+    module = SimpleNamespace(net=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="nothing to log of Linear, which has no convolution"):
+        GradientMagnitudeLogger().on_fit_start(None, module)
 
 
 def test_throughput_counts_training_and_not_validation(monkeypatch: pytest.MonkeyPatch) -> None:

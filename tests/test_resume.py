@@ -160,6 +160,7 @@ class DropoutNet(nn.Module):
 def test_dropout_draws_the_same_after_a_kill(tmp_path: Path) -> None:
     config = methods.config("resnet")
     config["model"]["init_args"]["net"] = {"class_path": "test_resume.DropoutNet"}
+    config["trainer"]["callbacks"] = None
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
     assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 4
