@@ -1,5 +1,6 @@
 """Callbacks observe or post-process; the loss is right without any of them."""
 
+from callbacks.bn_recalibration import BNRecalibration
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from callbacks.csv_history import CSVHistory
 from callbacks.exit_statistics import ExitStatistics
@@ -11,6 +12,7 @@ from callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BNRecalibration",
     "CSVHistory",
     "ExitStatistics",
     "GradientMagnitudeLogger",

@@ -5,6 +5,7 @@ from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.resnet import LitResNet
 from lightning_modules.schedules import WarmupMultiStepLR
+from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
 from lightning_modules.stochastic_depth import LitStochasticDepth, survival_probabilities
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "ImageClassifier",
     "LitBranchyNet",
     "LitResNet",
+    "LitSlimmable",
     "LitStochasticDepth",
+    "LitUniversallySlimmable",
     "MultiExitClassifier",
     "WarmupMultiStepLR",
     "survival_probabilities",

@@ -87,6 +87,10 @@ class ImageClassifier(pl.LightningModule):
         """Returns the logits (N, num_classes) of the points of `evaluated_points`."""
         return {name: classify(images) for name, classify in self.evaluated_points().items()}
 
+    def uncalibrated_points(self) -> list[str]:
+        """Returns the names of the evaluated points whose BN statistics are missing."""
+        return []
+
     def costs(self, images: Tensor) -> dict[str, Cost]:
         """Returns what every operating point costs.
 
@@ -104,8 +108,12 @@ class ImageClassifier(pl.LightningModule):
 
     # --- optimization -----------------------------------------------------------------------------
 
+    def optimized_parameters(self) -> Iterable:
+        """Returns the parameters, or groups of them, as torch's optimizers take them."""
+        return self.net.parameters()
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.net.parameters())
+        optimizer = self.optimizer(self.optimized_parameters())
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -289,5 +297,7 @@ def _key(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else str(tuple(tensor.shape))
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    return "absent" if value is None else "other state"

@@ -14,7 +14,18 @@ from networks.early_exit import (
     thresholds_for_budget,
     thresholds_for_fractions,
 )
+from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
+from networks.recalibration import recalibrate
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
+from networks.slimmable import (
+    SlimmableBatchNorm2d,
+    SlimmableConv2d,
+    SlimmableLinear,
+    SlimmableNetwork,
+    SwitchableBatchNorm2d,
+    extract,
+)
+from networks.slimmable_resnet import SlimmableCifarResNet, SlimmableResNet
 
 __all__ = [
     "BranchyAlexNet",
@@ -25,14 +36,25 @@ __all__ = [
     "ResNet",
     "ResNetWithExits",
     "ResidualNetwork",
+    "SlimmableBatchNorm2d",
+    "SlimmableCifarResNet",
+    "SlimmableConv2d",
+    "SlimmableLinear",
+    "SlimmableMobileNetV1",
+    "SlimmableMobileNetV2",
+    "SlimmableNetwork",
+    "SlimmableResNet",
     "Staged",
+    "SwitchableBatchNorm2d",
     "count_exit_macs",
     "count_macs",
     "count_params",
     "count_params_run",
     "early_exit",
     "exits_taken",
+    "extract",
     "fold_survival_probs",
+    "recalibrate",
     "run_all_exits",
     "run_to_exit",
     "screen_thresholds",

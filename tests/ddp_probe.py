@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 
 class RanksAgree(Callback):
@@ -13,7 +15,16 @@ class RanksAgree(Callback):
 
     def __init__(self) -> None:
         self.same_gates: list[bool] = []
+        self.same_widths: list[bool] = []
+        self.num_syncs = 0
         self.batches: list[int] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def count(_: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            self.num_syncs += bucket.is_last()
+            return allreduce_hook(None, bucket)
+
+        trainer.strategy.model.register_comm_hook(None, count)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -23,6 +34,9 @@ class RanksAgree(Callback):
         if getattr(pl_module, "gates", None) is not None:
             gates = pl_module.all_gather(pl_module.gates)
             self.same_gates.append(torch.equal(gates[0], gates[1]))
+        if hasattr(pl_module, "widths"):
+            widths = pl_module.all_gather(torch.tensor(pl_module.widths))
+            self.same_widths.append(torch.equal(widths[0], widths[1]))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = torch.cat([p.detach().flatten() for p in pl_module.net.parameters()])
@@ -32,6 +46,8 @@ class RanksAgree(Callback):
             "num_steps": trainer.global_step,
             "same_weights": torch.equal(weights[0], weights[1]),
             "same_gates": self.same_gates,
+            "same_widths": self.same_widths,
+            "num_syncs": self.num_syncs,
             "same_images": self.batches,
         }
         if trainer.is_global_zero:

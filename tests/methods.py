@@ -30,6 +30,25 @@ METHODS: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "slimmable": {
+        "class_path": "lightning_modules.LitSlimmable",
+        "init_args": {
+            "net": {
+                "class_path": "networks.SlimmableCifarResNet",
+                "init_args": {"depth": 8, "in_channels": 1, "width_mults": [0.25, 1.0]},
+            }
+        },
+    },
+    "universally_slimmable": {
+        "class_path": "lightning_modules.LitUniversallySlimmable",
+        "init_args": {
+            "net": {
+                "class_path": "networks.SlimmableCifarResNet",
+                "init_args": {"depth": 8, "in_channels": 1, "width_mult_range": [0.25, 1.0]},
+            },
+            "eval_widths": [0.25, 0.6, 1.0],
+        },
+    },
 }
 
 
@@ -49,6 +68,8 @@ def config(method: str) -> dict[str, Any]:
         callbacks.append("SurvivalProbabilityLogger")
     if method == "branchynet":
         callbacks.append("ExitStatistics")
+    if method == "universally_slimmable":
+        callbacks.append("BNRecalibration")
     return {
         "seed_everything": 7,
         "model": model,

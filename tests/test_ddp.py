@@ -44,6 +44,10 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
     assert report["num_steps"] == 21
     assert report["same_weights"]
     assert not any(report["same_images"])  # the ranks share the work
+    assert report["num_syncs"] == report["num_steps"]
+    if "slimmable" in method:
+        assert len(report["same_widths"]) == 21
+        assert all(report["same_widths"])
     if method == "stochastic_depth":
         assert len(report["same_gates"]) == 21
         assert all(report["same_gates"])

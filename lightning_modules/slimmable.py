@@ -1,0 +1,266 @@
+"""Slimmable and Universally Slimmable networks: Yu et al. (ICLR 2019, arXiv 1812.08928), Yu and
+Huang (ICCV 2019, arXiv 1903.05134).
+
+    Slimmable:              loss = sum_w CE(f_w(x), y),  w over all widths
+    Universally Slimmable:  loss = CE(f_1(x), y) + sum_w CE(f_w(x), softmax(f_1(x))),
+                            w over the narrowest and n - 2 random widths (the sandwich rule)
+
+Differences from the released code:
+    * Inplace distillation is on; the released configuration sets an option that nothing reads.
+    * The random widths are drawn by a generator keyed by (seed, step), the same on all ranks.
+    * Each width is run and differentiated before the next, as there, so that one width at a time is
+      in memory; the gradients of all of them are synchronised once, with the last.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chance import generator
+from lightning_modules.base import (
+    FULL,
+    Batch,
+    Cost,
+    ImageClassifier,
+    OptimizerFactory,
+    SchedulerFactory,
+    sgd,
+)
+from networks import (
+    SlimmableNetwork,
+    SwitchableBatchNorm2d,
+    count_macs,
+    count_params,
+    extract,
+)
+
+WidthMult = float | Sequence[float]
+
+
+class SlimmableClassifier(ImageClassifier):
+    """What both methods share: optimizer groups, widths as operating points, one synchronisation.
+
+    Args:
+        net: a slimmable network.
+        eval_widths: widths that are evaluated; the widest is the operating point "full", the others
+            are "w0.25" and the like.
+        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
+            to ordinary convolutions and linear weights alone.
+    """
+
+    def __init__(
+        self,
+        net: SlimmableNetwork,
+        eval_widths: Sequence[float],
+        optimizer: OptimizerFactory,
+        lr_scheduler: SchedulerFactory | None,
+        lr_interval: str,
+        seed: int,
+    ):
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
+        for width in eval_widths:
+            net.width(width)
+        self.eval_widths = sorted(eval_widths)
+
+    # --- optimization -----------------------------------------------------------------------------
+
+    def optimized_parameters(self) -> list[dict[str, Any]]:
+        """Returns two groups: with weight decay, and without."""
+        decayed = {
+            module.weight
+            for module in self.net.modules()
+            if isinstance(module, nn.Linear)
+            or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        }
+        parameters = list(self.net.parameters())
+        return [
+            {"params": [p for p in parameters if p in decayed]},
+            {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
+        ]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.trainer.optimizers[0].zero_grad()
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: Lightning asks for it after `training_step`, whose gradients would be lost."""
+
+    def backward_now(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss that is not the last of its step.
+
+        Lightning does the same with the loss that `training_step` returns. DDP, whose forward we
+        are in, does not synchronise before that.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            loss = loss / self.trainer.accumulate_grad_batches
+            self.trainer.precision_plugin.pre_backward(loss, self).backward()
+
+    # --- operating points -------------------------------------------------------------------------
+
+    def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        *narrow, widest = self.eval_widths
+        points = {f"w{width:g}": partial(self.net, width_mult=width) for width in narrow}
+        return {**points, FULL: partial(self.net, width_mult=widest)}
+
+    def uncalibrated_points(self) -> list[str]:
+        return [
+            name
+            for name, width in zip(self.operating_points(), self.eval_widths, strict=True)
+            if not self.net.is_calibrated(width)
+        ]
+
+    def costs(self, images: Tensor) -> dict[str, Cost]:
+        """Returns the costs; the parameters are those of the network cut out."""
+        return {
+            name: Cost(count_macs(run, images), count_params(extract(self.net, width)))
+            for (name, run), width in zip(
+                self.operating_points().items(), self.eval_widths, strict=True
+            )
+        }
+
+
+class LitSlimmable(SlimmableClassifier):
+    """Trains all switches of a slimmable network in every step, widest first; losses are summed.
+
+    Args:
+        net: a network with `width_mults`.
+        eval_widths: widths that are evaluated; None: all of them.
+        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
+            to ordinary convolutions and linear weights alone.
+
+    Raises:
+        ValueError: a network without `width_mults`, or a width that is none of them.
+    """
+
+    def __init__(
+        self,
+        net: SlimmableNetwork,
+        eval_widths: Sequence[float] | None = None,
+        optimizer: OptimizerFactory = sgd,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        seed: int = 0,
+    ):
+        if net.width_mults is None:
+            raise ValueError(
+                "LitSlimmable needs the network's width_mults: set them, or use "
+                "LitUniversallySlimmable"
+            )
+        widths = net.width_mults if eval_widths is None else eval_widths
+        super().__init__(net, widths, optimizer, lr_scheduler, lr_interval, seed)
+        self.widths = sorted(net.width_mults, reverse=True)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        total = torch.zeros((), device=self.device)
+        for width in self.widths:
+            logits = self.net(images, width_mult=width)
+            loss = F.cross_entropy(logits, labels)
+            total += loss.detach()
+            if width == self.widths[0]:
+                widest = logits
+            if width != self.widths[-1]:
+                self.backward_now(loss)
+        self.log_training(total, widest, labels, batch_idx)
+        return loss + self.zero_of_other_switches()
+
+    def zero_of_other_switches(self) -> Tensor:
+        """Returns 0, as a function of the BNs that the last width does not run.
+
+        DDP synchronises the gradients of what the last backward reaches.
+        """
+        switches = [norm for norm in self.net.modules() if isinstance(norm, SwitchableBatchNorm2d)]
+        return sum(0 * parameter.sum() for norm in switches for parameter in norm.parameters())
+
+
+class LitUniversallySlimmable(SlimmableClassifier):
+    """Trains a network of any width: the widest, the narrowest and random widths in every step.
+
+    Args:
+        net: a network with a `width_mult_range`.
+        eval_widths: widths that are evaluated.
+        num_widths: widths per step, the widest and the narrowest included.
+        width_rule: "sandwich", or "random": all of them are drawn, and learn from the labels.
+        inplace_distill: the other widths learn from the widest one's predictions, as they are in
+            the same step, instead of from the labels.
+        nonuniform: the random widths are ratios of their own for every group of channels.
+        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
+            to ordinary convolutions and linear weights alone.
+
+    Attributes:
+        widths: those of the latest step, widest first.
+
+    Raises:
+        ValueError: a network without `width_mult_range`, fewer than two widths per step, or
+            distillation without the widest.
+    """
+
+    def __init__(
+        self,
+        net: SlimmableNetwork,
+        eval_widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        num_widths: int = 4,
+        width_rule: Literal["sandwich", "random"] = "sandwich",
+        inplace_distill: bool = True,
+        nonuniform: bool = False,
+        optimizer: OptimizerFactory = sgd,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "step",
+        seed: int = 0,
+    ):
+        if net.width_mult_range is None:
+            raise ValueError(
+                "LitUniversallySlimmable needs the network's width_mult_range: set it, or use "
+                "LitSlimmable"
+            )
+        if num_widths < 2:
+            raise ValueError(f"num_widths is {num_widths}: give 2 or more, widest and narrowest")
+        if inplace_distill and width_rule == "random":
+            raise ValueError(
+                "inplace_distill needs the widest width in every step: set width_rule to sandwich, "
+                "or inplace_distill to false"
+            )
+        super().__init__(net, eval_widths, optimizer, lr_scheduler, lr_interval, seed)
+        self.num_widths = num_widths
+        self.width_rule = width_rule
+        self.inplace_distill = inplace_distill
+        self.nonuniform = nonuniform
+        self.widths: list[WidthMult] = []
+
+    def draw_widths(self) -> list[WidthMult]:
+        """Draws the widths of a step: the same on all ranks, and for all batches of the step."""
+        low, high = self.net.width_mult_range
+        num_random = self.num_widths - (2 if self.width_rule == "sandwich" else 0)
+        num_ratios = self.net.num_groups if self.nonuniform else 1
+        draws = torch.rand(
+            num_random,
+            num_ratios,
+            dtype=torch.float64,
+            generator=generator("widths", self.seed, self.global_step),
+        )
+        ratios = (low + (high - low) * draws).tolist()
+        widths = ratios if self.nonuniform else [ratio for (ratio,) in ratios]
+        return [high, low, *widths] if self.width_rule == "sandwich" else widths
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        self.widths = self.draw_widths()
+        total = torch.zeros((), device=self.device)
+        targets = labels
+        for number, width in enumerate(self.widths, start=1):
+            logits = self.net(images, width_mult=width)
+            loss = F.cross_entropy(logits, targets)
+            total += loss.detach()
+            if number == 1:
+                first = logits.detach()
+                if self.inplace_distill:
+                    targets = first.softmax(1)
+            if number < len(self.widths):
+                self.backward_now(loss)
+        self.log_training(total, first, labels, batch_idx)
+        return loss

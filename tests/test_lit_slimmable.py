@@ -1,0 +1,298 @@
+"""Training at many widths, and their evaluation: every number computed another way."""
+
+import csv
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks import AtomicCheckpointIO, BNRecalibration, OperatingPoints
+from datamodules import DigitsDataModule
+from lightning_modules import LitSlimmable, LitStochasticDepth, LitUniversallySlimmable
+from networks import CifarResNet, SlimmableCifarResNet, count_macs, count_params, extract
+from networks import recalibrate as recalibrate_by_hand
+
+RANGE = (0.25, 1.0)
+
+
+def network(**widths) -> SlimmableCifarResNet:
+    seed_everything(3, verbose=False)
+    return SlimmableCifarResNet(8, in_channels=1, **(widths or {"width_mult_range": RANGE}))
+
+
+def make_trainer(folder: Path, **arguments) -> Trainer:
+    defaults = {"max_epochs": 1, "limit_train_batches": 6, "callbacks": [BNRecalibration(256)]}
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        **(defaults | arguments),
+    )
+
+
+class Gradients(LightningModule):
+    """Mixed into a method: keeps the gradients of each optimizer step, and leaves the weights."""
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        self.seen = {name: p.grad.clone() for name, p in self.net.named_parameters()}
+        optimizer.zero_grad()
+
+
+class DoubleDigits(DigitsDataModule):
+    def on_after_batch_transfer(self, batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = super().on_after_batch_transfer(batch, dataloader_idx)
+        return images.double(), labels
+
+
+class SeenSlimmable(Gradients, LitSlimmable):
+    pass
+
+
+class SeenUniversally(Gradients, LitUniversallySlimmable):
+    pass
+
+
+def first_batches(count: int, **arguments) -> list[tuple[Tensor, Tensor]]:
+    data = DigitsDataModule(**arguments)
+    data.setup("fit")
+    batches = list(data.train_dataloader())[:count]
+    return [data.on_after_batch_transfer(batch, 0) for batch in batches]
+
+
+def gradients_of(module, folder: Path, accumulate: int = 1, **arguments) -> dict[str, Tensor]:
+    trainer = make_trainer(
+        folder,
+        precision="64-true",
+        limit_train_batches=accumulate,
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=0,
+        callbacks=[],
+        **arguments,
+    )
+    trainer.fit(module, datamodule=DoubleDigits(batch_size=16))
+    return module.seen
+
+
+@pytest.mark.parametrize("distill", [True, False])
+@pytest.mark.parametrize("nonuniform", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_sandwich_step_is_the_sum_of_separate_ones(
+    distill: bool, nonuniform: bool, accumulate: int, tmp_path: Path
+) -> None:
+    module = SeenUniversally(network(), inplace_distill=distill, nonuniform=nonuniform)
+    seen = gradients_of(module, tmp_path, accumulate)
+    widths = module.widths
+    assert widths[:2] == [1.0, 0.25]
+    assert len(widths) == 4
+    net = network().double().train()
+    total = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for images, labels in first_batches(accumulate, batch_size=16):
+        images = images.double()
+        teacher = net(images, 1.0).softmax(1).detach()
+        for number, width in enumerate(widths):
+            net.zero_grad()
+            log_probs = net(images, width).log_softmax(1)
+            if number and distill:
+                loss = -(teacher * log_probs).sum(1).mean()
+            else:
+                loss = F.nll_loss(log_probs, labels)
+            (loss / accumulate).backward()
+            for name, parameter in net.named_parameters():
+                total[name] += parameter.grad
+    for name, grad in seen.items():
+        torch.testing.assert_close(grad, total[name], rtol=1e-9, atol=1e-12)
+
+
+def test_slimmable_step_is_the_sum_over_switches(tmp_path: Path) -> None:
+    widths = {"width_mults": [0.25, 0.5, 1.0]}
+    seen = gradients_of(SeenSlimmable(network(**widths)), tmp_path)
+    net = network(**widths).double().train()
+    ((images, labels),) = first_batches(1, batch_size=16)
+    loss = sum(F.cross_entropy(net(images.double(), w), labels) for w in (1.0, 0.5, 0.25))
+    loss.backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_is_clipped_once_and_as_a_whole(tmp_path: Path) -> None:
+    module = SeenUniversally(network())
+    whole = gradients_of(module, tmp_path)
+    norm = torch.cat([grad.flatten() for grad in whole.values()]).norm()
+
+    class Clipped(SeenUniversally):
+        def on_before_zero_grad(self, optimizer) -> None:
+            """Lightning clips after `on_before_optimizer_step`."""
+
+        def on_before_optimizer_step(self, optimizer) -> None:
+            pass
+
+        def configure_gradient_clipping(self, optimizer, *args, **kwargs) -> None:
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            self.seen = {name: p.grad.clone() for name, p in self.net.named_parameters()}
+
+    clipped = gradients_of(Clipped(network()), tmp_path, gradient_clip_val=float(norm / 2))
+    for name, grad in whole.items():
+        torch.testing.assert_close(clipped[name], grad / 2, rtol=1e-5, atol=1e-9)
+
+
+def test_widths_are_drawn_by_seed_and_step() -> None:
+    drawn = []
+    for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        module = LitUniversallySlimmable(network(), num_widths=6, seed=seed)
+        type(module).global_step = step
+        drawn.append(module.draw_widths())
+    del type(module).global_step
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert drawn[0] != drawn[3]
+    assert all(len(widths) == 6 and all(0.25 <= w <= 1 for w in widths) for widths in drawn)
+
+
+def test_random_widths_are_uniform_over_the_range() -> None:
+    module = LitUniversallySlimmable(
+        network(), num_widths=2, width_rule="random", inplace_distill=False, nonuniform=True
+    )
+    widths = []
+    for step in range(300):
+        type(module).global_step = step
+        widths += [ratio for width in module.draw_widths() for ratio in width]
+    del type(module).global_step
+    widths = torch.tensor(widths).sub(0.25).div(0.75).sort().values
+    uniform = torch.linspace(0, 1, len(widths))
+    # Kolmogorov-Smirnov at a level of about 1e-4.
+    assert (widths - uniform).abs().max() < 2.2 / len(widths) ** 0.5
+
+
+def test_weight_decay_spares_bn_biases_and_depthwise() -> None:
+    decayed, spared = LitUniversallySlimmable(network()).optimized_parameters()
+    net = LitUniversallySlimmable(network()).net
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(decayed["params"]) == len(convs) + 1
+    assert "weight_decay" not in decayed
+    assert spared["weight_decay"] == 0
+    assert all(parameter.dim() == 1 for parameter in spared["params"])
+    total = sum(p.numel() for group in (decayed, spared) for p in group["params"])
+    assert total == count_params(net)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LitUniversallySlimmable]:
+    folder = tmp_path_factory.mktemp("run")
+    module = LitUniversallySlimmable(network(), eval_widths=[0.25, 0.6, 1.0])
+    data = DigitsDataModule(batch_size=64)
+    trainer = make_trainer(folder)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    make_trainer(folder, callbacks=[OperatingPoints()]).test(module, datamodule=data, verbose=False)
+    return folder, module.eval()
+
+
+def test_statistics_of_a_fit_are_those_of_training_images(trained) -> None:
+    _, module = trained
+    net = network()
+    net.load_state_dict(module.net.state_dict())
+    data = DigitsDataModule(batch_size=64)
+    data.setup("fit")
+    # The first 256 of the epoch, augmented.
+    images = [data.on_after_batch_transfer(batch, 0)[0] for batch in list(data.train_epoch(0))[:4]]
+    runs = [partial(net, width_mult=width) for width in (0.25, 0.6, 1.0)]
+    recalibrate_by_hand(net, images, runs)
+    for one, other in zip(net.modules(), module.net.modules(), strict=True):
+        for name, values in getattr(one, "statistics", {}).items():
+            torch.testing.assert_close(values, other.statistics[name], rtol=1e-3, atol=1e-4)
+
+
+def test_widths_are_operating_points(trained) -> None:
+    folder, module = trained
+    data = DigitsDataModule()
+    data.setup("test")
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+    images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    with (folder / "operating_points.csv").open(newline="") as file:
+        points = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(points) == ["w0.25", "w0.6", "full"]
+    for name, width in (("w0.25", 0.25), ("w0.6", 0.6), ("full", 1.0)):
+        narrow = extract(module.net, width)
+        right = (narrow(images).argmax(1) == labels).double().mean().item()
+        assert float(points[name]["test_acc"]) == pytest.approx(right)
+        assert int(points[name]["macs"]) == count_macs(narrow, images[:1])
+        assert int(points[name]["params"]) == count_params(narrow)
+
+
+def test_width_that_was_not_calibrated(trained, tmp_path: Path) -> None:
+    """Without the callback an error that says what to do; with it, it is done."""
+    folder, _ = trained
+    data = DigitsDataModule(batch_size=64)
+    arguments = {"datamodule": data, "ckpt_path": folder / "last.ckpt"}
+    module = LitUniversallySlimmable(network(), eval_widths=[0.3, 1.0])
+    with pytest.raises(ValueError, match=r"width 0\.3 has no BN statistics"):
+        make_trainer(tmp_path, callbacks=[]).test(module, **arguments, verbose=False)
+    assert module.uncalibrated_points() == ["w0.3"]
+    full = module.net.units[0].norm.statistics["1"].clone()
+    make_trainer(tmp_path).test(module, **arguments, verbose=False)
+    assert module.uncalibrated_points() == []
+    assert torch.equal(module.net.units[0].norm.statistics["1"], full)
+
+
+def test_without_validation_the_last_checkpoint_is_calibrated(tmp_path: Path) -> None:
+    module = LitUniversallySlimmable(network(), eval_widths=[0.5, 1.0])
+    make_trainer(tmp_path).fit(module, datamodule=DigitsDataModule(batch_size=64, val_size=0))
+    assert module.uncalibrated_points() == []
+
+
+def test_other_networks_are_recalibrated_too(tmp_path: Path) -> None:
+    """Stochastic depth: with all blocks, scaled by their survival probabilities."""
+    seed_everything(3, verbose=False)
+    module = LitStochasticDepth(CifarResNet(8, in_channels=1))
+    data = DigitsDataModule(batch_size=64)
+    make_trainer(tmp_path, limit_val_batches=1).fit(module, datamodule=data)
+    net = CifarResNet(8, in_channels=1)
+    net.load_state_dict(module.net.state_dict())
+    images = [data.on_after_batch_transfer(batch, 0)[0] for batch in list(data.train_epoch(0))[:4]]
+    recalibrate_by_hand(net, images, [partial(net, gates=module.survival_probs)])
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, module.net.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LitUniversallySlimmable(network(), num_widths=1), "num_widths is 1: give 2"),
+        (
+            lambda: LitUniversallySlimmable(network(), width_rule="random"),
+            "inplace_distill needs the widest width",
+        ),
+        (lambda: LitUniversallySlimmable(network(), eval_widths=[0.1]), "width 0.1 is outside"),
+        (lambda: LitSlimmable(network()), "needs the network's width_mults"),
+        (
+            lambda: LitUniversallySlimmable(network(width_mults=[0.5, 1.0])),
+            "needs the network's width_mult_range",
+        ),
+        (
+            lambda: LitSlimmable(network(width_mults=[0.5, 1.0]), eval_widths=[0.7]),
+            "width 0.7 is none of 0.5, 1",
+        ),
+        (lambda: BNRecalibration(0), "num_images is 0: give 1 or more"),
+    ],
+)
+def test_mistakes_are_named(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_no_data_module_is_named(tmp_path: Path) -> None:
+    module = LitUniversallySlimmable(network())
+    images = TensorDataset(torch.zeros(8, 1, 32, 32), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(ValueError, match="needs training images: give a data module"):
+        make_trainer(tmp_path).validate(module, DataLoader(images), verbose=False)
