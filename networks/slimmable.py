@@ -425,8 +425,10 @@ class SlimmableNetwork(nn.Module):
                 ratio per group.
         """
         name = name_of(width_mult)
-        is_uniform = isinstance(width_mult, float | int)
-        ratios = [width_mult] * self.num_groups if is_uniform else list(width_mult)
+        # Made of the name, so that widths of one name are one width.
+        ratios = [float(ratio) for ratio in name.split(",") if ratio]
+        if isinstance(width_mult, float | int):
+            ratios *= self.num_groups
         if len(ratios) != self.num_groups:
             raise ValueError(
                 f"{len(ratios)} widths for {self.num_groups} groups: give one per group"
@@ -437,13 +439,13 @@ class SlimmableNetwork(nn.Module):
                 raise ValueError(f"width {name} is none of {', '.join(names)}: choose one of these")
         else:
             low, high = self.width_mult_range
-            if not all(low - 1e-9 <= ratio <= high + 1e-9 for ratio in ratios):
+            # A name has six digits.
+            if not all(low - 1e-6 <= ratio <= high + 1e-6 for ratio in ratios):
                 raise ValueError(f"width {name} is outside the range {low:g} to {high:g}")
         counts = [self._count(*pair) for pair in zip(self.group_channels, ratios, strict=True)]
         return Width(name, tuple(counts))
 
     def _count(self, channels: int, ratio: float) -> int:
-        ratio = float(name_of(ratio))  # widths of one name are one width
         return (
             channels
             if ratio == 1
@@ -478,7 +480,8 @@ class SlimmableNetwork(nn.Module):
             if out.group is not None:
                 channels = self.group_channels[out.group]
                 for mult in self.width_mults:
-                    counts[name_of(mult)] = out.multiplier * self._count(channels, mult)
+                    ratio = float(name_of(mult))
+                    counts[name_of(mult)] = out.multiplier * self._count(channels, ratio)
             norm = SwitchableBatchNorm2d(counts, tied=out.group is None)
         return SlimmableLayer(conv, norm, activation, out)
 

@@ -8,6 +8,8 @@ SMALL_NET = {
     "init_args": {"depth": 8, "num_classes": 10, "in_channels": 1},
 }
 
+CALLBACK_ARGUMENTS = {"BNRecalibration": {"num_images": 128}}
+
 METHODS: dict[str, dict[str, Any]] = {
     "resnet": {
         "class_path": "lightning_modules.LitResNet",
@@ -82,6 +84,9 @@ def config(method: str) -> dict[str, Any]:
             "limit_train_batches": 7,
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": f"callbacks.{name}"} for name in callbacks],
+            "callbacks": [
+                {"class_path": f"callbacks.{name}", "init_args": CALLBACK_ARGUMENTS.get(name, {})}
+                for name in callbacks
+            ],
         },
     }
