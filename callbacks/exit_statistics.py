@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.operating_points import TestImages, time_points
+from callbacks.first_test_images import FirstTestImages
+from callbacks.operating_points import time_points
 from networks import early_exit, exits_taken, run_to_exit
 
 NUM_BINS = 20  # of an entropy histogram
@@ -21,7 +22,7 @@ NUM_TIMED = 64  # images, one at a time
 SPEED = ("point", "branches", "test_acc", "macs", "macs_gain", "ms_per_image", "ms_gain")
 
 
-class ExitStatistics(Callback):
+class ExitStatistics(FirstTestImages):
     """Logs what happens at every exit, and after a test compares the network with its trunk.
 
     After every validation, to every logger, for the thresholds that the module prefers:
@@ -47,7 +48,7 @@ class ExitStatistics(Callback):
     """
 
     def __init__(self) -> None:
-        self.images = TestImages(NUM_TIMED)
+        super().__init__(NUM_TIMED)
         self.suffix = "_again"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,22 +76,12 @@ class ExitStatistics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step - 1)
 
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.images.add(batch[0], batch_idx)
-
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not pl_module.has_early_exits:
             return
         with trainer.precision_plugin.forward_context():
-            speed = speed_rows(pl_module, self.images.take())
+            speed = speed_rows(pl_module, self.take_images())
         histogram, curve = entropy_rows(pl_module), curve_rows(pl_module)
         names = pl_module.exit_names
         tables = {

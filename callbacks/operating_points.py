@@ -5,14 +5,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from callbacks.first_test_images import FirstTestImages
 
 RESULT = "operating_points.csv"
 AGAIN = "operating_points_again.csv"
@@ -21,7 +22,7 @@ NUM_ROUNDS = 5  # timed passes of each point, in turn; the median counts
 COLUMNS = ("name", "test_acc", "macs", "params", "ms_per_image")
 
 
-class OperatingPoints(Callback):
+class OperatingPoints(FirstTestImages):
     """After a test, measures every operating point of the module and tells it everywhere.
 
     Writes `operating_points.csv` in the run folder, logs a W&B table. `print_table` shows it.
@@ -34,18 +35,8 @@ class OperatingPoints(Callback):
     """
 
     def __init__(self, file_name: str = RESULT):
+        super().__init__((NUM_ROUNDS + 1) * BATCH_SIZE)
         self.file_name = file_name
-        self.images = TestImages((NUM_ROUNDS + 1) * BATCH_SIZE)
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.images.add(batch[0], batch_idx)
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +44,7 @@ class OperatingPoints(Callback):
             return
         points = pl_module.operating_points()
         # In the precision that the accuracy was measured in.
-        images = self.images.take()
+        images = self.take_images()
         with trainer.precision_plugin.forward_context():
             milliseconds = time_points(points, images.split(BATCH_SIZE))
             costs = pl_module.costs(images[:1])
@@ -70,33 +61,6 @@ class OperatingPoints(Callback):
             if isinstance(logger, WandbLogger):
                 data = [list(row) for row in rows]
                 logger.log_table("operating_points", columns=list(COLUMNS), data=data)
-
-
-class TestImages:
-    """The first images of a test set, gathered from its batches.
-
-    Args:
-        num_images: how many at most.
-    """
-
-    __test__ = False  # no test, says pytest
-
-    def __init__(self, num_images: int):
-        self.num_images = num_images
-        self.batches: list[Tensor] = []
-
-    def add(self, images: Tensor, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.batches = []
-        missing = self.num_images - sum(map(len, self.batches))
-        if missing > 0:
-            self.batches.append(images[:missing])
-
-    def take(self) -> Tensor:
-        """Returns the images (N, C, H, W) and forgets them."""
-        images = torch.cat(self.batches)
-        self.batches = []
-        return images
 
 
 def time_points(

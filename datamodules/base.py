@@ -89,15 +89,15 @@ class ImageDataModule(LightningDataModule):
 
     def num_samples(self, split: Split) -> int:
         """Returns the number of images of a split, over all ranks."""
-        raise NotImplementedError
+        raise NotImplementedError("in memory or from files: the subclass knows")
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         """Yields one loaded batch for each tensor of sample indices."""
-        raise NotImplementedError
+        raise NotImplementedError("in memory or from files: the subclass knows")
 
     def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
         """Yields one loaded batch, not augmented, for each tensor of sample indices."""
-        raise NotImplementedError
+        raise NotImplementedError("in memory or from files: the subclass knows")
 
     @property
     def rank(self) -> int:

@@ -67,7 +67,7 @@ class InMemoryDataModule(ImageDataModule):
             FileNotFoundError: it is not there; says what was looked for, where, how to get it.
             ValueError: a file is corrupt.
         """
-        raise NotImplementedError
+        raise NotImplementedError("each data set has its own files")
 
     def split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the indices that train and those that validate, for all labels (N,)."""

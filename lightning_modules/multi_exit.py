@@ -109,7 +109,7 @@ class MultiExitClassifier(ImageClassifier):
 
     def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
         """Finds thresholds on the outputs of the validation data."""
-        raise NotImplementedError
+        raise NotImplementedError("each paper has its own rule")
 
     def _set_thresholds(self, found: FoundThresholds) -> None:
         given = {} if self.given_thresholds is None else {GIVEN: self.given_thresholds}

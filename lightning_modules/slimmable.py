@@ -37,8 +37,7 @@ from networks import (
     count_params,
     extract,
 )
-
-WidthMult = float | Sequence[float]
+from networks.slimmable import WidthMult
 
 
 class SlimmableClassifier(ImageClassifier):
@@ -193,7 +192,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
             to ordinary convolutions and linear weights alone.
 
     Attributes:
-        widths: those of the latest step, widest first.
+        widths: those of the latest step, in the order in which they ran.
 
     Raises:
         ValueError: a network without `width_mult_range`, fewer than two widths per step, or

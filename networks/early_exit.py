@@ -431,21 +431,9 @@ def screen_thresholds(
     # rank: how many candidates are too strict for the image to leave.
     grid = torch.tensor(candidates, dtype=scores.dtype, device=scores.device)
     ranks = (~leaves(scores[:, :num_axes, None], grid, criterion)).sum(2)
-    num_left, num_right = [], []
-    for index in range(num_exits):
-        for counts, rows in ((num_left, slice(None)), (num_right, correct[:, index].bool())):
-            cells = _count_cells(ranks[rows, : index + 1], size)
-            for axis in range(cells.dim()):
-                below = cells.cumsum(axis)
-                leave_here = axis == index
-                # Who leaves at this exit has left at none before.
-                cells = below if leave_here else below.narrow(axis, size, 1) - below
-                cells = cells.narrow(axis, 0, size)
-            shape = [size] * cells.dim() + [1] * (num_axes - cells.dim())
-            counts.append(cells.reshape(shape).expand([size] * num_axes).flatten())
-
-    counts = torch.stack(num_left, 1).double()
-    accuracy = torch.stack(num_right, 1).sum(1).double() / num_images
+    everyone = torch.ones_like(correct, dtype=torch.bool)
+    counts = _count_leavers(ranks, everyone, size).double()
+    accuracy = _count_leavers(ranks, correct.bool(), size).sum(1).double() / num_images
     # Divided last: sums of whole numbers are exact, so that equal costs are equal.
     cost = counts @ torch.tensor(costs, dtype=torch.float64, device=counts.device) / num_images
     points = torch.cartesian_prod(*[torch.tensor(candidates, dtype=torch.float64)] * num_axes)
@@ -455,6 +443,32 @@ def screen_thresholds(
         *(values.cpu() for values in (accuracy, cost, counts / num_images, front)),
         knee=int(front[_knee(cost[front], accuracy[front])]),
     )
+
+
+def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:
+    """Counts who leaves where at every point of the grid.
+
+    Args:
+        ranks: (N, A), of each image at each exit but the last: 0..size.
+        which: (N, A + 1) bool, the images that count at each exit.
+        size: number of candidates.
+
+    Returns:
+        (size ** A, A + 1).
+    """
+    num_axes = ranks.shape[1]
+    counts = []
+    for index in range(num_axes + 1):
+        cells = _count_cells(ranks[which[:, index], : index + 1], size)
+        for axis in range(cells.dim()):
+            below = cells.cumsum(axis)
+            leave_here = axis == index
+            # Who leaves at this exit has left at none before.
+            cells = below if leave_here else below.narrow(axis, size, 1) - below
+            cells = cells.narrow(axis, 0, size)
+        shape = [size] * cells.dim() + [1] * (num_axes - cells.dim())
+        counts.append(cells.reshape(shape).expand([size] * num_axes).flatten())
+    return torch.stack(counts, 1)
 
 
 def _count_cells(ranks: Tensor, size: int) -> Tensor:

@@ -36,6 +36,13 @@ class Sums:
         self.statistics = self.statistics + num_images * statistics
         self.num_images += num_images
 
+    def mean(self, merge: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the mean over images, of all ranks that `merge` sums over."""
+        # One tensor, so that ranks meet once for it.
+        count = self.statistics.new_full((1,), self.num_images)
+        merged = merge(torch.cat([self.statistics.flatten(), count]))
+        return (merged[:-1] / merged[-1]).view_as(self.statistics)
+
 
 @torch.no_grad()
 def recalibrate(
@@ -83,10 +90,7 @@ def recalibrate(
         raise ValueError("no BN was run, so there is nothing to recalibrate")
     for norm in norms:
         for name, total in sums[norm].items():
-            # One tensor, so that ranks meet once for each.
-            count = total.statistics.new_full((1,), total.num_images)
-            merged = merge(torch.cat([total.statistics.flatten(), count]))
-            mean_and_var = (merged[:-1] / merged[-1]).view_as(total.statistics)
+            mean_and_var = total.mean(merge)
             if isinstance(norm, SlimmableBatchNorm2d):
                 norm.statistics[name] = mean_and_var
             else:

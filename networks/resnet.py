@@ -127,11 +127,11 @@ class Block(nn.Module):
             )
 
     def residual(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("each kind of block has a branch of its own")
 
     def last_layer(self) -> nn.BatchNorm2d | nn.Conv2d:
         """Returns the layer whose output is the branch's output: scaling it scales the branch."""
-        raise NotImplementedError
+        raise NotImplementedError("each kind of block has a branch of its own")
 
     def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
         if self.plain:
@@ -289,7 +289,7 @@ class ResidualNetwork(nn.Module):
     num_classes: int
 
     def stem(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("the networks for CIFAR and ImageNet begin differently")
 
     def head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))

@@ -88,7 +88,11 @@ class SlimmableConv2d(nn.Conv2d):
             ValueError: channels that the groups do not divide.
         """
         weight, bias, groups = self.slice(x.shape[1], out_channels)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def slice(
         self, in_channels: int, out_channels: int | None
@@ -112,10 +116,9 @@ class SlimmableConv2d(nn.Conv2d):
             bias = None if self.bias is None else self.bias[:out_channels]
             return self.weight[:out_channels, :ins], bias, groups
         weight = self.weight.unflatten(0, (groups, -1))[:, :outs, :ins].flatten(0, 1)
-        bias = (
-            None if self.bias is None else self.bias.unflatten(0, (groups, -1))[:, :outs].flatten()
-        )
-        return weight, bias, groups
+        if self.bias is None:
+            return weight, None, groups
+        return weight, self.bias.unflatten(0, (groups, -1))[:, :outs].flatten(), groups
 
 
 class SlimmableLinear(nn.Linear):
@@ -284,12 +287,18 @@ class SlimmableLayer(nn.Module):
         geometry = (wide.kernel_size, wide.stride, wide.padding, wide.dilation)
         like = {"device": weight.device, "dtype": weight.dtype}
         conv = skip_init(
-            nn.Conv2d, in_channels, out_channels, *geometry, groups, bias is not None, **like
+            nn.Conv2d,
+            in_channels,
+            out_channels,
+            *geometry,
+            groups,
+            bias is not None,
+            wide.padding_mode,
+            **like,
         )
+        state = {"weight": weight, "bias": bias}
+        conv.load_state_dict({name: part for name, part in state.items() if part is not None})
         norm = nn.BatchNorm2d(out_channels, **like)
-        conv.load_state_dict(
-            {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        )
         norm.load_state_dict(self.norm.state_at(width, out_channels))
         layers = [conv, norm]
         if self.activation is not None:
@@ -390,11 +399,13 @@ class SlimmableNetwork(nn.Module):
         widths = width_mult_range if width_mults is None else width_mults
         if len(widths) == 0 or not all(0 < width <= 1 for width in widths):
             raise ValueError(f"widths {list(widths)}: give numbers above 0, up to 1")
+        if width_mults is not None and len(set(map(name_of, widths))) < len(widths):
+            raise ValueError(f"width_mults {list(widths)} hold one twice: give each once")
         if width_mults is None and len(width_mult_range) != 2:
             raise ValueError(f"width_mult_range {list(widths)}: give narrowest and widest width")
-        if width_mults is None and not width_mult_range[0] < width_mult_range[1]:
+        if width_mults is None and not widths[0] < widths[1]:
             raise ValueError(
-                f"width_mult_range {list(width_mult_range)} is empty: give the narrowest width, "
+                f"width_mult_range {list(widths)} is empty: give the narrowest width, "
                 "then the widest"
             )
         if divisor < 1:
@@ -446,11 +457,9 @@ class SlimmableNetwork(nn.Module):
         return Width(name, tuple(counts))
 
     def _count(self, channels: int, ratio: float) -> int:
-        return (
-            channels
-            if ratio == 1
-            else min(channels, round_channels(channels * ratio, self.divisor))
-        )
+        if ratio == 1:  # also where the divisor does not divide them
+            return channels
+        return min(channels, round_channels(channels * ratio, self.divisor))
 
     # --- building ---------------------------------------------------------------------------------
 

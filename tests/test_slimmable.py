@@ -400,6 +400,8 @@ CONVS = {  # arguments of the wide layer, then inputs, outputs and groups of the
     "depthwise bias": ((12, 12, 3, 1, 1, 1, 12, True), (5, 5, 5)),
     "grouped": ((12, 18, 3, 1, 1, 1, 3, False), (6, 9, 3)),
     "grouped bias": ((12, 18, 3, 2, 1, 1, 3, True), (9, 12, 3)),
+    "reflected border": ((8, 12, 3, 2, 1, 1, 1, True, "reflect"), (5, 7, 1)),
+    "circular depthwise": ((12, 12, 3, 1, 1, 1, 12, True, "circular"), (7, 7, 7)),
     "grouped, fewer inputs only": ((12, 18, 1, 1, 0, 1, 3, True), (6, 18, 3)),
 }
 
@@ -410,7 +412,7 @@ def test_narrow_convolution(case):
     arguments, (ins, outs, groups) = CONVS[case]
     torch.manual_seed(0)
     wide = SlimmableConv2d(*arguments).double()
-    narrow = nn.Conv2d(ins, outs, *arguments[2:6], groups, arguments[7]).double()
+    narrow = nn.Conv2d(ins, outs, *arguments[2:6], groups, *arguments[7:]).double()
     # Row by row, by hand: `kept` are the filters of the wide layer that the narrow one has.
     wide_groups = 1 if groups == ins and groups > 3 else arguments[6]
     per_group = wide.out_channels // wide_groups
@@ -941,6 +943,7 @@ def test_names_tell_widths_apart_that_round_differently():
         ({"width_mults": (0.0, 1.0)}, "give numbers above 0, up to 1"),
         ({"width_mults": (0.5, 1.25)}, r"widths \[0.5, 1.25\]: give numbers above 0, up to 1"),
         ({"width_mults": (0.5, math.nan)}, "give numbers above 0, up to 1"),
+        ({"width_mults": (0.5, 1.0, 0.5)}, "hold one twice: give each once"),
         ({"width_mult_range": (-0.5, 1.0)}, "give numbers above 0, up to 1"),
         ({"width_mult_range": (0.25, 1.5)}, "give numbers above 0, up to 1"),
         ({"width_mult_range": (1.0, 0.25)}, r"\[1.0, 0.25\] is empty: give the narrowest"),
