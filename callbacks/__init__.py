@@ -7,6 +7,7 @@ from callbacks.exit_statistics import ExitStatistics
 from callbacks.gradient_magnitude import GradientMagnitudeLogger
 from callbacks.operating_points import OperatingPoints
 from callbacks.predictions import PredictionWriter
+from callbacks.recalibration_sweep import RecalibrationSweep
 from callbacks.survival_probability import SurvivalProbabilityLogger
 from callbacks.throughput import ThroughputMonitor
 
@@ -18,6 +19,7 @@ __all__ = [
     "GradientMagnitudeLogger",
     "OperatingPoints",
     "PredictionWriter",
+    "RecalibrationSweep",
     "RunCheckpoint",
     "SurvivalProbabilityLogger",
     "ThroughputMonitor",

@@ -1,13 +1,14 @@
 """BN statistics that fit the weights, for every way in which the network is evaluated."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from networks import recalibrate
+from networks import SlimmableNetwork, recalibrate
 
 
 class BNRecalibration(Callback):
@@ -18,68 +19,113 @@ class BNRecalibration(Callback):
     over the images; see `networks.recalibrate`.
 
     Reads of the module: `net`, `evaluated_points()`, `uncalibrated_points()`; of the data module:
-    `train_epoch()`, `on_after_batch_transfer()`.
+    `train_epoch()`, `on_after_batch_transfer()`. Sets `is_recalibrated` of the module.
 
     Args:
-        num_images: training images, over all ranks; about 1,000 are enough in the paper.
+        num_images: training images, over all ranks; None: 1,024, which are enough in the paper.
+        num_batches: training batches of each rank, instead of `num_images`.
+        widths: widths of a slimmable network that the checkpoints shall be able to run besides
+            those that the module evaluates.
 
     Raises:
-        ValueError: `num_images` is below 1, or there is no data module.
+        ValueError: a number below 1, both numbers, `widths` that the network does not have, or no
+            data module.
     """
 
-    def __init__(self, num_images: int = 1024):
-        if num_images < 1:
-            raise ValueError(f"num_images is {num_images}: give 1 or more")
+    def __init__(
+        self,
+        num_images: int | None = None,
+        num_batches: int | None = None,
+        widths: Sequence[float] = (),
+    ):
+        if num_images is not None and num_batches is not None:
+            raise ValueError("BNRecalibration takes num_images or num_batches: give one of them")
+        if num_images is None and num_batches is None:
+            num_images = 1024
+        for name, number in (("num_images", num_images), ("num_batches", num_batches)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}: give 1 or more")
         self.num_images = num_images
+        self.num_batches = num_batches
+        self.widths = widths
         self.step = -1  # at which the statistics were gathered
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.widths and not isinstance(pl_module.net, SlimmableNetwork):
+            raise ValueError(
+                "BNRecalibration's widths need a slimmable network, and this is a "
+                f"{type(pl_module.net).__name__}: remove them"
+            )
+        for width in self.widths:
+            pl_module.net.width(width)
+        pl_module.is_recalibrated = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self.run(trainer, pl_module, list(pl_module.evaluated_points()))
+            self.run_all(trainer, pl_module)
         else:
-            self.run(trainer, pl_module, pl_module.uncalibrated_points())
+            self.run_missing(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.run(trainer, pl_module, pl_module.uncalibrated_points())
+        self.run_missing(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.run(trainer, pl_module, pl_module.uncalibrated_points())
+        self.run_missing(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.step != trainer.global_step:
-            self.run(trainer, pl_module, list(pl_module.evaluated_points()))
+            self.run_all(trainer, pl_module)
 
-    def run(self, trainer: Trainer, pl_module: LightningModule, names: list[str]) -> None:
-        if not names:
-            return
-        if trainer.datamodule is None:
-            raise ValueError("BNRecalibration needs training images: give a data module")
-        self.step = trainer.global_step
+    def run_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        widths = [partial(pl_module.net, width_mult=width) for width in self.widths]
+        self.run(trainer, pl_module, [*pl_module.evaluated_points().values(), *widths])
+
+    def run_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         points = pl_module.evaluated_points()
+        missing = [points[name] for name in pl_module.uncalibrated_points()]
+        if missing:
+            self.run(trainer, pl_module, missing)
 
+    def run(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        runs: Sequence[Callable[[Tensor], object]],
+    ) -> None:
         def merge(values: Tensor) -> Tensor:
             if trainer.world_size == 1:
                 return values
             values = values.to(pl_module.device)
             return trainer.strategy.reduce(values, reduce_op="sum")
 
+        self.step = trainer.global_step
+        images = training_images(trainer, pl_module.device, self.num_images, self.num_batches)
         with trainer.precision_plugin.forward_context():
-            recalibrate(
-                pl_module.net,
-                self.batches(trainer, pl_module.device),
-                [points[name] for name in names],
-                merge,
-            )
+            recalibrate(pl_module.net, images, runs, merge)
 
-    def batches(self, trainer: Trainer, device: torch.device) -> Iterator[Tensor]:
-        """Yields images of the first batches of an epoch, on the device."""
-        data = trainer.datamodule
-        data.setup("fit")
-        missing = math.ceil(self.num_images / trainer.world_size)
-        for batch in data.train_epoch(trainer.current_epoch):
-            batch = [values.to(device) for values in batch]
-            images, _ = data.on_after_batch_transfer(batch, 0)
-            yield images[:missing]
-            missing -= len(images)
-            if missing <= 0:
-                return
+
+def training_images(
+    trainer: Trainer, device: torch.device, num_images: int | None, num_batches: int | None = None
+) -> Iterator[Tensor]:
+    """Yields this rank's first batches of an epoch, (N, C, H, W), augmented, on the device.
+
+    Args:
+        trainer: has a data module.
+        device: where the images shall be.
+        num_images: how many, over all ranks; None: no limit.
+        num_batches: how many batches; None: no limit.
+
+    Raises:
+        ValueError: there is no data module.
+    """
+    data = trainer.datamodule
+    if data is None:
+        raise ValueError("BNRecalibration needs training images: give a data module")
+    data.setup("fit")
+    missing = math.inf if num_images is None else math.ceil(num_images / trainer.world_size)
+    for number, batch in enumerate(data.train_epoch(trainer.current_epoch), start=1):
+        images, _ = data.on_after_batch_transfer([values.to(device) for values in batch], 0)
+        yield images[: min(missing, len(images))]
+        missing -= len(images)
+        if missing <= 0 or number == num_batches:
+            return

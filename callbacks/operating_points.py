@@ -59,8 +59,19 @@ class OperatingPoints(FirstTestImages):
             csv.writer(file).writerows([COLUMNS, *rows])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                data = [list(row) for row in rows]
-                logger.log_table("operating_points", columns=list(COLUMNS), data=data)
+                log_to_wandb(logger, rows)
+
+
+def log_to_wandb(logger: WandbLogger, rows: Sequence[tuple]) -> None:
+    import wandb  # slow to import, and only those who log to it pay
+
+    table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+    panels = {"operating_points": table}
+    if len(rows) > 1:
+        panels["acc_against_macs"] = wandb.plot.line(
+            table, "macs", "test_acc", title="accuracy against MACs"
+        )
+    logger.experiment.log(panels)
 
 
 def time_points(

@@ -61,9 +61,10 @@ class SlimmableClassifier(ImageClassifier):
         seed: int,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
-        for width in eval_widths:
-            net.width(width)
-        self.eval_widths = sorted(eval_widths)
+        if len(eval_widths) == 0:
+            raise ValueError("eval_widths is empty: give one width or more")
+        # Made of the names, so that widths of one name are one point.
+        self.eval_widths = sorted({float(net.width(width).name) for width in eval_widths})
 
     # --- optimization -----------------------------------------------------------------------------
 
@@ -193,10 +194,11 @@ class LitUniversallySlimmable(SlimmableClassifier):
 
     Attributes:
         widths: those of the latest step, in the order in which they ran.
+        is_recalibrated: set by `callbacks.BNRecalibration`.
 
     Raises:
-        ValueError: a network without `width_mult_range`, fewer than two widths per step, or
-            distillation without the widest.
+        ValueError: a network without `width_mult_range`, fewer than two widths per step,
+            distillation without the widest, or a fit with validation and without recalibration.
     """
 
     def __init__(
@@ -230,6 +232,15 @@ class LitUniversallySlimmable(SlimmableClassifier):
         self.inplace_distill = inplace_distill
         self.nonuniform = nonuniform
         self.widths: list[WidthMult] = []
+        self.is_recalibrated = False
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.trainer.limit_val_batches and not self.is_recalibrated:
+            raise ValueError(
+                "validation needs BN statistics of the evaluated widths: add "
+                "callbacks.BNRecalibration to trainer.callbacks"
+            )
 
     def draw_widths(self) -> list[WidthMult]:
         """Draws the widths of a step: the same on all ranks, and for all batches of the step."""

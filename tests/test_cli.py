@@ -171,6 +171,47 @@ def test_mistake_with_exits_is_one_line(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run/last.ckpt").exists()
 
 
+BAD_WIDTHS = {
+    "evaluated width": ({INIT + "eval_widths": [0.1, 1.0]}, "width 0.1 is outside the range 0.25"),
+    "no evaluated width": ({INIT + "eval_widths": []}, "eval_widths is empty: give one width"),
+    "empty range": (
+        {NET + "width_mult_range": [1.0, 0.5]},
+        "width_mult_range [1.0, 0.5] is empty: give the narrowest width, then the widest",
+    ),
+    "range beyond 1": ({NET + "width_mult_range": [0.5, 1.5]}, "give numbers above 0, up to 1"),
+    "one width per step": ({INIT + "num_widths": 1}, "num_widths is 1: give 2 or more"),
+    "switches instead of a range": (
+        {NET + "width_mult_range": None, NET + "width_mults": [0.5, 1.0]},
+        "LitUniversallySlimmable needs the network's width_mult_range: set it, or use LitSlimmable",
+    ),
+    "recalibrated width": (
+        {
+            "trainer__callbacks": [
+                {"class_path": "callbacks.BNRecalibration", "init_args": {"widths": [2.0]}}
+            ]
+        },
+        "width 2 is outside the range 0.25 to 1",
+    ),
+    "no recalibration": ({"trainer__callbacks": []}, "add callbacks.BNRecalibration to trainer"),
+    "no images to recalibrate with": (
+        {
+            "trainer__callbacks": [
+                {"class_path": "callbacks.BNRecalibration", "init_args": {"num_images": 0}}
+            ]
+        },
+        "num_images is 0: give 1 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WIDTHS)
+def test_mistake_with_widths_is_one_line(name: str, tmp_path: Path) -> None:
+    changes, message = BAD_WIDTHS[name]
+    experiment(tmp_path, "universally_slimmable", **changes)
+    assert_one_line(*launch.run(COMMAND, tmp_path), message)
+    assert not (tmp_path / "run/last.ckpt").exists()
+
+
 @pytest.mark.parametrize("callback", ["ExitStatistics", "SurvivalProbabilityLogger"])
 def test_callback_of_another_method_is_one_line(callback: str, tmp_path: Path) -> None:
     experiment(tmp_path, "resnet", trainer__callbacks=[{"class_path": f"callbacks.{callback}"}])

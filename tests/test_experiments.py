@@ -38,8 +38,10 @@ def test_experiment_builds(path: Path) -> None:
         net = getattr(importlib.import_module(room), name)(**model.net.init_args)
     data_room, data_name = config.data.class_path.split(".")
     data = getattr(importlib.import_module(data_room), data_name)
-    # A folder of images has as many classes as subfolders; that of ImageNet has 1,000.
-    expected = data.num_classes if isinstance(data.num_classes, int) else 1000
+    # A folder of images has as many classes as subfolders.
+    folders = {"data/imagenet": 1000, "data/tiny-imagenet-200": 200}
+    is_known = isinstance(data.num_classes, int)
+    expected = data.num_classes if is_known else folders[config.data.init_args.data_dir]
     assert net.num_classes == expected
     header = path.read_text().split("model:")[0]
     assert f"python main.py fit -c {path.relative_to(ROOT)}" in header

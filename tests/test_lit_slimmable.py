@@ -1,5 +1,6 @@
 """Training at many widths, and their evaluation: every number computed another way."""
 
+import copy
 import csv
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from pytorch_lightning import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import AtomicCheckpointIO, BNRecalibration, OperatingPoints
+from callbacks import AtomicCheckpointIO, BNRecalibration, OperatingPoints, RecalibrationSweep
 from datamodules import DigitsDataModule
 from lightning_modules import LitSlimmable, LitStochasticDepth, LitUniversallySlimmable
 from networks import CifarResNet, SlimmableCifarResNet, count_macs, count_params, extract
@@ -68,6 +69,12 @@ def first_batches(count: int, **arguments) -> list[tuple[Tensor, Tensor]]:
     data.setup("fit")
     batches = list(data.train_dataloader())[:count]
     return [data.on_after_batch_transfer(batch, 0) for batch in batches]
+
+
+def all_test_batches() -> list[tuple[Tensor, Tensor]]:
+    data = DigitsDataModule()
+    data.setup("test")
+    return [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
 
 
 def gradients_of(module, folder: Path, accumulate: int = 1, **arguments) -> dict[str, Tensor]:
@@ -215,10 +222,7 @@ def test_statistics_of_a_fit_are_those_of_training_images(trained) -> None:
 
 def test_widths_are_operating_points(trained) -> None:
     folder, module = trained
-    data = DigitsDataModule()
-    data.setup("test")
-    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
-    images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    images, labels = (torch.cat(column) for column in zip(*all_test_batches(), strict=True))
     with (folder / "operating_points.csv").open(newline="") as file:
         points = {row["name"]: row for row in csv.DictReader(file)}
     assert list(points) == ["w0.25", "w0.6", "full"]
@@ -243,6 +247,81 @@ def test_width_that_was_not_calibrated(trained, tmp_path: Path) -> None:
     make_trainer(tmp_path).test(module, **arguments, verbose=False)
     assert module.uncalibrated_points() == []
     assert torch.equal(module.net.units[0].norm.statistics["1"], full)
+
+
+def test_widths_besides_the_evaluated_ones(tmp_path: Path) -> None:
+    """As many batches as asked for; the checkpoint can run widths that were never evaluated."""
+    module = LitUniversallySlimmable(network(), eval_widths=[1.0, 0.25, 1.0])
+    assert module.eval_widths == [0.25, 1.0]
+    data = DigitsDataModule(batch_size=64)
+    callbacks = [BNRecalibration(num_batches=2, widths=[0.4])]
+    make_trainer(tmp_path, callbacks=callbacks).fit(module, datamodule=data)
+    net = network()
+    net.load_state_dict(module.net.state_dict())
+    images = [data.on_after_batch_transfer(batch, 0)[0] for batch in list(data.train_epoch(0))[:2]]
+    for width in (0.25, 0.4, 1.0):
+        recalibrate_by_hand(net, images, [partial(net, width_mult=width)])
+        for one, other in zip(net.modules(), module.net.modules(), strict=True):
+            if hasattr(one, "statistics"):
+                values = [norm.statistics[f"{width:g}"] for norm in (one, other)]
+                torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: LitUniversallySlimmable(network()), "width 0.1 is outside the range 0.25 to 1"),
+        (lambda: LitStochasticDepth(CifarResNet(8, in_channels=1)), "and this is a CifarResNet"),
+    ],
+)
+def test_widths_that_the_network_does_not_have(module, message: str, tmp_path: Path) -> None:
+    callbacks = [BNRecalibration(widths=[0.1])]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, callbacks=callbacks).fit(module(), datamodule=DigitsDataModule())
+
+
+def test_sweep_tells_what_recalibration_is_worth(tmp_path: Path) -> None:
+    module = LitUniversallySlimmable(network(), eval_widths=[0.25, 0.6, 1.0])
+    data = DigitsDataModule(batch_size=64)
+    make_trainer(tmp_path, max_epochs=3, limit_train_batches=1.0).fit(module, datamodule=data)
+    before = copy.deepcopy(module.net.state_dict())
+    callbacks = [RecalibrationSweep(num_images=[96])]
+    make_trainer(tmp_path, callbacks=callbacks).test(module, datamodule=data, verbose=False)
+    after = module.net.state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+
+    net = network()
+    net.load_state_dict(before)
+    images, labels = (torch.cat(column) for column in zip(*all_test_batches(), strict=True))
+
+    def accuracies() -> list[float]:
+        narrow = [extract(net, width) for width in (0.25, 0.6, 1.0)]
+        return [(run(images).argmax(1) == labels).double().mean().item() for run in narrow]
+
+    for norm in net.modules():
+        if hasattr(norm, "statistics"):
+            for name in ("0.25", "0.6"):
+                channels = norm.statistics[name].shape[1]
+                norm.statistics[name] = norm.statistics["1"][:, :channels]
+    expected = {"of the widest": accuracies()}
+    assert expected["of the widest"][0] < expected["of the widest"][2] - 0.1
+    first = [data.on_after_batch_transfer(batch, 0)[0] for batch in data.train_epoch(0)][:2]
+    batches = [first[0], first[1][:32]]
+    recalibrate_by_hand(net, batches, [partial(net, width_mult=w) for w in (0.25, 0.6, 1.0)])
+    expected["96 images"] = accuracies()
+    with (tmp_path / "recalibration.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["w0.25", "w0.6", "full"]
+    for title, values in expected.items():
+        assert [float(row[title]) for row in rows] == pytest.approx(values, abs=1.5 / 360)
+
+
+def test_sweep_needs_shared_bns(tmp_path: Path) -> None:
+    module = LitSlimmable(network(width_mults=[0.5, 1.0]))
+    trainer = make_trainer(tmp_path, callbacks=[RecalibrationSweep()])
+    with pytest.raises(ValueError, match="nothing to recalibrate of LitSlimmable: remove it"):
+        trainer.test(module, datamodule=DigitsDataModule(), verbose=False)
 
 
 def test_without_validation_the_last_checkpoint_is_calibrated(tmp_path: Path) -> None:
@@ -283,7 +362,10 @@ def test_other_networks_are_recalibrated_too(tmp_path: Path) -> None:
             lambda: LitSlimmable(network(width_mults=[0.5, 1.0]), eval_widths=[0.7]),
             "width 0.7 is none of 0.5, 1",
         ),
+        (lambda: LitUniversallySlimmable(network(), eval_widths=[]), "eval_widths is empty"),
         (lambda: BNRecalibration(0), "num_images is 0: give 1 or more"),
+        (lambda: BNRecalibration(num_batches=-1), "num_batches is -1: give 1 or more"),
+        (lambda: BNRecalibration(64, 1), "num_images or num_batches: give one of them"),
     ],
 )
 def test_mistakes_are_named(build, message: str) -> None:

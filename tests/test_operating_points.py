@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from callbacks import OperatingPoints
+from callbacks.operating_points import log_to_wandb
 from datamodules import DigitsDataModule
 from lightning_modules import LitResNet
 
@@ -63,3 +65,15 @@ def test_every_point_is_measured(precision: str, tmp_path: Path) -> None:
         suffix = "" if name == "full" else f"_{name}"
         assert trainer.callback_metrics[f"test/acc{suffix}"] == pytest.approx(right / 360)
         assert float(points[name][0]) == pytest.approx(right / 360)
+
+
+def test_panels_show_the_table_and_the_curve() -> None:
+    """A line through one point would be no curve."""
+    rows = [("w0.25", 0.5, 10, 5, 0.1), ("full", 0.75, 40, 20, 0.2)]
+    for count, panels in ((2, {"operating_points", "acc_against_macs"}), (1, {"operating_points"})):
+        logged = {}
+        log_to_wandb(SimpleNamespace(experiment=SimpleNamespace(log=logged.update)), rows[:count])
+        assert logged.keys() == panels
+        assert logged["operating_points"].data == [list(row) for row in rows[:count]]
+    log_to_wandb(SimpleNamespace(experiment=SimpleNamespace(log=logged.update)), rows)
+    assert logged["acc_against_macs"].table.columns[1:3] == ["test_acc", "macs"]
