@@ -98,27 +98,26 @@ class SlimmableConv2d(nn.Conv2d):
         self, in_channels: int, out_channels: int | None
     ) -> tuple[Tensor, Tensor | None, int]:
         """Returns weight, bias and groups of the convolution between so many channels."""
-        is_depthwise = self.groups == self.in_channels == self.out_channels
+        weight, bias, groups = self.weight, self.bias, self.groups
+        is_depthwise = groups == self.in_channels == self.out_channels
         if is_depthwise:
-            out_channels = in_channels
+            groups = out_channels = in_channels
         elif out_channels is None:
             out_channels = self.out_channels
-        groups = in_channels if is_depthwise else self.groups
         if (in_channels, out_channels) == (self.in_channels, self.out_channels):
-            return self.weight, self.bias, groups
+            return weight, bias, groups
+        if is_depthwise or groups == 1:
+            bias = None if bias is None else bias[:out_channels]
+            return weight[:out_channels, : in_channels // groups], bias, groups
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"{in_channels} inputs and {out_channels} outputs in {groups} groups: choose a "
                 f"divisor that is a multiple of {groups}"
             )
         ins, outs = in_channels // groups, out_channels // groups
-        if is_depthwise or groups == 1:
-            bias = None if self.bias is None else self.bias[:out_channels]
-            return self.weight[:out_channels, :ins], bias, groups
-        weight = self.weight.unflatten(0, (groups, -1))[:, :outs, :ins].flatten(0, 1)
-        if self.bias is None:
-            return weight, None, groups
-        return weight, self.bias.unflatten(0, (groups, -1))[:, :outs].flatten(), groups
+        weight = weight.unflatten(0, (groups, -1))[:, :outs, :ins].flatten(0, 1)
+        bias = None if bias is None else bias.unflatten(0, (groups, -1))[:, :outs].flatten()
+        return weight, bias, groups
 
 
 class SlimmableLinear(nn.Linear):
@@ -159,10 +158,11 @@ class SlimmableBatchNorm2d(nn.Module):
         Raises:
             ValueError: in evaluation, a width without statistics.
         """
-        channels = x.shape[1]
-        weight, bias = self.weight[:channels], self.bias[:channels]
+        channels, weight, bias = x.shape[1], self.weight, self.bias
+        if channels < len(weight):
+            weight, bias = weight[:channels], bias[:channels]
         if not self.training:
-            mean, variance = self.statistics_of(width.name)
+            mean, variance = self.statistics_of(width.name).unbind()
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
         if self.record is None:
             if self.statistics:
