@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule, Trainer, seed_everything
+from quiet import quiet_trainer
 from torch import Tensor
 from torch.distributions import Categorical
 
 from callbacks import (
-    AtomicCheckpointIO,
     CSVHistory,
     ExitStatistics,
     OperatingPoints,
@@ -35,19 +35,8 @@ def network() -> ResNetWithExits:
 
 def make_trainer(folder: Path, num_epochs: int = 1, **arguments) -> Trainer:
     callbacks = [ExitStatistics(), OperatingPoints(), PredictionWriter()]
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=num_epochs,
-        limit_train_batches=8,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
-        **({"callbacks": callbacks, "num_sanity_val_steps": 0} | arguments),
-    )
+    defaults = {"max_epochs": num_epochs, "limit_train_batches": 8, "callbacks": callbacks}
+    return quiet_trainer(folder, **(defaults | arguments))
 
 
 def all_of(data: DigitsDataModule, split: str) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.plugins import MixedPrecision
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,19 +29,8 @@ def network(**widths) -> SlimmableCifarResNet:
 
 
 def make_trainer(folder: Path, **arguments) -> Trainer:
-    defaults = {"max_epochs": 1, "limit_train_batches": 6, "callbacks": [BNRecalibration(256)]}
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
-        **(defaults | arguments),
-    )
+    defaults = {"limit_train_batches": 6, "callbacks": [BNRecalibration(256)]}
+    return quiet_trainer(folder, **(defaults | arguments))
 
 
 class Gradients(LightningModule):
@@ -153,6 +144,26 @@ def test_gradient_is_clipped_once_and_as_a_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(clipped[name], grad / 2, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_losses_of_mixed_precision_are_scaled_alike(precision: str, tmp_path: Path) -> None:
+    """Each backward has to scale its loss, all of them by the factor that is then divided out."""
+    whole = gradients_of(SeenUniversally(network()), tmp_path)
+    module = SeenUniversally(network())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096) if precision == "16-mixed" else None
+    make_trainer(
+        tmp_path,
+        limit_train_batches=1,
+        limit_val_batches=0,
+        callbacks=[],
+        plugins=[AtomicCheckpointIO(), MixedPrecision(precision, "cpu", scaler)],
+    ).fit(module, datamodule=DigitsDataModule(batch_size=16))
+    exact, rounded = (
+        torch.cat([grad.flatten() for grad in grads.values()]) for grads in (whole, module.seen)
+    )
+    # No loss is left out, doubled, or scaled by another factor.
+    assert (rounded - exact).norm() / exact.norm() < 0.1
+
+
 def test_widths_are_drawn_by_seed_and_step() -> None:
     drawn = []
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
@@ -232,6 +243,18 @@ def test_widths_are_operating_points(trained) -> None:
         assert float(points[name]["test_acc"]) == pytest.approx(right)
         assert int(points[name]["macs"]) == count_macs(narrow, images[:1])
         assert int(points[name]["params"]) == count_params(narrow)
+
+
+def test_network_of_a_checkpoint_can_be_cut(trained) -> None:
+    """As the README does it."""
+    folder, module = trained
+    state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    net = network()
+    net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    images = torch.randn(4, 1, 32, 32)
+    torch.testing.assert_close(
+        extract(net, 0.25)(images), extract(module.net, 0.25)(images), rtol=0, atol=0
+    )
 
 
 def test_width_that_was_not_calibrated(trained, tmp_path: Path) -> None:
