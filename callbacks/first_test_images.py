@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class FirstTestImages(Callback):
-    """Keeps the first images of a test for what a subclass does at its end.
+    """Keeps the first images of a test, on rank 0, for what a subclass does at its end.
 
     Args:
         num_images: how many at most.
@@ -26,11 +26,14 @@ class FirstTestImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         if batch_idx == 0:
             self._batches = []
         missing = self.num_images - sum(map(len, self._batches))
         if missing > 0:
-            self._batches.append(batch[0][:missing])
+            # A copy, which does not keep the rest of the batch in memory.
+            self._batches.append(batch[0][:missing].clone())
 
     def take_images(self) -> Tensor:
         """Returns the images, (N, C, H, W), and forgets them."""

@@ -92,7 +92,9 @@ def recalibrate(
         for name, total in sums[norm].items():
             mean_and_var = total.mean(merge)
             if isinstance(norm, SlimmableBatchNorm2d):
-                norm.statistics[name] = mean_and_var
+                # Lightning evaluates in inference mode, whose tensors autograd refuses later.
+                with torch.inference_mode(False):
+                    norm.statistics[name] = mean_and_var.clone()
             else:
                 norm.running_mean.copy_(mean_and_var[0])
                 norm.running_var.copy_(mean_and_var[1])

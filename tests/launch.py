@@ -33,6 +33,8 @@ def _run_main(args: Sequence[str], folder: Path, output: Path, environment: Envi
         if value is not None:
             os.environ[name] = value
     sys.argv = ["main.py", *args]
+    # Tests that were started in the background ignore it, and what they start would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     import torch
 

@@ -14,7 +14,13 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import AtomicCheckpointIO, BNRecalibration, OperatingPoints, RecalibrationSweep
+from callbacks import (
+    AtomicCheckpointIO,
+    BNRecalibration,
+    OperatingPoints,
+    RecalibrationSweep,
+    RunCheckpoint,
+)
 from datamodules import DigitsDataModule
 from lightning_modules import LitSlimmable, LitStochasticDepth, LitUniversallySlimmable
 from networks import CifarResNet, SlimmableCifarResNet, count_macs, count_params, extract
@@ -349,8 +355,20 @@ def test_sweep_needs_shared_bns(tmp_path: Path) -> None:
 
 def test_without_validation_the_last_checkpoint_is_calibrated(tmp_path: Path) -> None:
     module = LitUniversallySlimmable(network(), eval_widths=[0.5, 1.0])
-    make_trainer(tmp_path).fit(module, datamodule=DigitsDataModule(batch_size=64, val_size=0))
-    assert module.uncalibrated_points() == []
+    callbacks = [BNRecalibration(256), RunCheckpoint(select="last")]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(module, datamodule=DigitsDataModule(batch_size=64, val_size=0))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    net = network()
+    net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    assert net.is_calibrated(0.5)
+    assert net.is_calibrated(1.0)
+
+
+def test_recalibrated_network_can_be_differentiated(trained) -> None:
+    """Statistics that were gathered in Lightning's inference mode are ordinary tensors."""
+    _, module = trained
+    module.net(torch.zeros(1, 1, 32, 32), 0.25).sum().backward()
 
 
 def test_other_networks_are_recalibrated_too(tmp_path: Path) -> None:
