@@ -1,6 +1,7 @@
 """What early exits did: who left where, how sure, how right, and what it saved."""
 
 import csv
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from callbacks.operating_points import time_points
 from networks import early_exit, exits_taken, run_to_exit
 
 NUM_BINS = 20  # of an entropy histogram
-NUM_TIMED = 64  # images, one at a time
+NUM_TIMED = 64  # images, one at a time, or all at once for the curve
+MAX_TIMED = 40  # points of the curve
 SPEED = ("point", "branches", "test_acc", "macs", "macs_gain", "ms_per_image", "ms_gain")
 
 
@@ -33,6 +35,8 @@ class ExitStatistics(FirstTestImages):
         exits.csv            share and accuracy of those who leave at each exit, by operating point
         exit_entropy.csv     histogram of the entropy (natural logarithm) at each exit
         exit_curve.csv       accuracy against mean MACs for the module's curve of thresholds
+        exit_curve_speed.csv accuracy against measured milliseconds per image, in a batch of 64, for
+                             at most 40 points of the curve
         exit_speed.csv       each operating point against the trunk alone; also printed
 
     The last, as the paper has it, is about one image at a time: accuracy, MACs and milliseconds per
@@ -62,7 +66,7 @@ class ExitStatistics(FirstTestImages):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.has_early_exits:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not pl_module.exit_thresholds:
             return
         thresholds = next(iter(pl_module.exit_thresholds.values()))
         entropies = pl_module.exit_outputs.entropies.mean(0).tolist()
@@ -81,7 +85,8 @@ class ExitStatistics(FirstTestImages):
         if not trainer.is_global_zero or not pl_module.has_early_exits:
             return
         with trainer.precision_plugin.forward_context():
-            speed = speed_rows(pl_module, self.take_images())
+            images = self.take_images()
+            speed, curve_speed = speed_rows(pl_module, images), curve_speed_rows(pl_module, images)
         histogram, curve = entropy_rows(pl_module), curve_rows(pl_module)
         names = pl_module.exit_names
         tables = {
@@ -91,6 +96,7 @@ class ExitStatistics(FirstTestImages):
                 (*(f"threshold_{name}" for name in names[:-1]), "test_acc", "macs"),
                 curve,
             ),
+            "exit_curve_speed": (("test_acc", "macs", "ms_per_image"), curve_speed),
             "exit_speed": (SPEED, speed),
         }
         for name, (columns, rows) in tables.items():
@@ -100,7 +106,7 @@ class ExitStatistics(FirstTestImages):
         print_speed(speed)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_to_wandb(logger, pl_module, curve, histogram)
+                log_to_wandb(logger, pl_module, curve, curve_speed, histogram)
 
 
 def exit_shares(
@@ -139,6 +145,19 @@ def entropy_rows(module: LightningModule) -> list[list[float]]:
 
 def curve_rows(module: LightningModule) -> list[tuple]:
     return [(*thresholds, *module.measure(thresholds)) for thresholds in module.exit_curve]
+
+
+def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
+    """Returns accuracy, mean MACs and measured milliseconds per image along the curve."""
+    curve = module.exit_curve[:: math.ceil(len(module.exit_curve) / MAX_TIMED) or 1]
+    contenders = {
+        str(index): partial(
+            early_exit, module.net, thresholds=thresholds, criterion=module.exit_criterion
+        )
+        for index, thresholds in enumerate(curve)
+    }
+    ms = time_points(contenders, [images])
+    return [(*module.measure(curve[int(index)]), ms[index]) for index in contenders]
 
 
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
@@ -202,16 +221,24 @@ def print_speed(rows: Sequence[tuple]) -> None:
 
 
 def log_to_wandb(
-    logger: WandbLogger, module: LightningModule, curve: list[tuple], histogram: list[list[float]]
+    logger: WandbLogger,
+    module: LightningModule,
+    curve: list[tuple],
+    curve_speed: list[tuple],
+    histogram: list[list[float]],
 ) -> None:
     import wandb  # slow to import, and only those who log to it pay
 
-    table = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for *_, acc, macs in curve])
+    macs = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for *_, acc, macs in curve])
+    ms = wandb.Table(columns=["ms", "test_acc"], data=[[ms, acc] for acc, _, ms in curve_speed])
     edges = [row[0] for row in histogram] + [histogram[-1][1]]
     panels = {
         "exits/acc_against_macs": wandb.plot.line(
-            table, "macs", "test_acc", title="accuracy against mean MACs"
-        )
+            macs, "macs", "test_acc", title="accuracy against mean MACs"
+        ),
+        "exits/acc_against_ms": wandb.plot.line(
+            ms, "ms", "test_acc", title="accuracy against milliseconds per image"
+        ),
     }
     for name, counts in zip(module.exit_names, list(zip(*histogram, strict=True))[2:], strict=True):
         panels[f"exits/entropy_histogram_{name}"] = wandb.Histogram(np_histogram=(counts, edges))

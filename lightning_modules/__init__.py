@@ -2,6 +2,8 @@
 
 from lightning_modules.base import FULL, ImageClassifier
 from lightning_modules.branchynet import LitBranchyNet
+from lightning_modules.densenet import LitDenseNet
+from lightning_modules.msdnet import LitMSDNet
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.resnet import LitResNet
 from lightning_modules.schedules import WarmupMultiStepLR
@@ -12,6 +14,8 @@ __all__ = [
     "FULL",
     "ImageClassifier",
     "LitBranchyNet",
+    "LitDenseNet",
+    "LitMSDNet",
     "LitResNet",
     "LitSlimmable",
     "LitStochasticDepth",

@@ -52,6 +52,8 @@ class FoundThresholds(NamedTuple):
     """Thresholds of the operating points, by name; the first is the method's own choice."""
     curve: list[list[float]] = []  # noqa: RUF012
     """Thresholds from cheap to expensive, for a curve of accuracy against MACs."""
+    shares: list[list[float]] = []  # noqa: RUF012
+    """Of the validation images that leave at each exit, for each point of the curve."""
 
 
 class MultiExitClassifier(ImageClassifier):
@@ -105,16 +107,20 @@ class MultiExitClassifier(ImageClassifier):
         self._outputs: list[ExitOutputs] = []
         self._thresholds_step = 0  # optimizer steps before the thresholds were found
         self._stale_steps = 0  # and from then until the checkpoint that holds them
-        self._set_thresholds(FoundThresholds())
+        self.found = FoundThresholds()
 
     def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
         """Finds thresholds on the outputs of the validation data."""
         raise NotImplementedError("each paper has its own rule")
 
-    def _set_thresholds(self, found: FoundThresholds) -> None:
+    @property
+    def exit_thresholds(self) -> dict[str, list[float]]:
         given = {} if self.given_thresholds is None else {GIVEN: self.given_thresholds}
-        self.exit_thresholds = given | found.points
-        self.exit_curve = found.curve
+        return given | self.found.points
+
+    @property
+    def exit_curve(self) -> list[list[float]]:
+        return self.found.curve
 
     @property
     def has_early_exits(self) -> bool:
@@ -175,7 +181,7 @@ class MultiExitClassifier(ImageClassifier):
         if self.has_early_exits:
             if self.exit_costs is None:
                 self.exit_costs = count_exit_macs(self.net, images[:1])
-            exits = list(logits.values())
+            exits = [logits[name] for name in self.exit_names]
             parts = (
                 [score_of(values, self.exit_criterion) for values in exits],
                 [entropy_of(values) for values in exits],
@@ -190,7 +196,7 @@ class MultiExitClassifier(ImageClassifier):
             return metrics
         self._gather_outputs()
         if split == "val" and not self.trainer.sanity_checking:
-            self._set_thresholds(self.find_thresholds(self.exit_outputs, self.exit_costs))
+            self.found = self.find_thresholds(self.exit_outputs, self.exit_costs)
             self._thresholds_step = self.global_step
         for name, thresholds in self.exit_thresholds.items():
             accuracy, macs = self.measure(thresholds)
@@ -218,7 +224,7 @@ class MultiExitClassifier(ImageClassifier):
     def _warn_about_thresholds(self) -> None:
         if not self.has_early_exits:
             return
-        if not self.exit_thresholds:
+        if not self.exit_thresholds and not self.found.curve:
             rank_zero_warn(
                 f"no thresholds of the {self.exit_criterion} were found before this checkpoint, by "
                 "a validation of trained exits, so no image leaves early: give exit_thresholds"
@@ -248,16 +254,16 @@ class MultiExitClassifier(ImageClassifier):
         checkpoint["exit_thresholds"] = {
             "criterion": self.exit_criterion,
             "step": self._thresholds_step,
-            "points": {k: v for k, v in self.exit_thresholds.items() if k != GIVEN},
-            "curve": self.exit_curve,
+            **self.found._asdict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         found = checkpoint.get("exit_thresholds", {})
         if found.get("criterion") != self.exit_criterion or not self.has_early_exits:
-            self._set_thresholds(FoundThresholds())
+            self.found = FoundThresholds()
             return
-        self._set_thresholds(FoundThresholds(found["points"], found["curve"]))
+        fields = {name: found[name] for name in FoundThresholds._fields if name in found}
+        self.found = FoundThresholds(**fields)
         self._thresholds_step = found["step"]
-        self._stale_steps = checkpoint["global_step"] - found["step"] if found["points"] else 0
+        self._stale_steps = checkpoint["global_step"] - found["step"] if self.found.curve else 0

@@ -2,6 +2,7 @@
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
 from networks.cost import count_macs, count_params, count_params_run
+from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
     MultiExitNetwork,
     Staged,
@@ -13,8 +14,10 @@ from networks.early_exit import (
     screen_thresholds,
     thresholds_for_budget,
     thresholds_for_fractions,
+    time_exits,
 )
 from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
+from networks.msdnet import MSDNet
 from networks.recalibration import recalibrate
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
 from networks.slimmable import (
@@ -31,7 +34,10 @@ __all__ = [
     "BranchyAlexNet",
     "BranchyLeNet",
     "BranchyResNet",
+    "CifarDenseNet",
     "CifarResNet",
+    "DenseNet",
+    "MSDNet",
     "MultiExitNetwork",
     "ResNet",
     "ResNetWithExits",
@@ -60,4 +66,5 @@ __all__ = [
     "screen_thresholds",
     "thresholds_for_budget",
     "thresholds_for_fractions",
+    "time_exits",
 ]

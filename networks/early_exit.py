@@ -19,6 +19,8 @@ Differences from the released code:
 
 import itertools
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -137,25 +139,25 @@ def run_to_exit(network: HasExits, index: int, images: Tensor) -> Tensor:
 
 
 class ExitCosts(NamedTuple):
-    """MACs per image of each stage and of each exit, shallow to deep."""
+    """Costs per image of each stage and of each exit, shallow to deep: MACs or milliseconds."""
 
-    stages: list[int]
-    exits: list[int]
+    stages: list[float]
+    exits: list[float]
 
     @property
-    def leaving(self) -> list[int]:
+    def leaving(self) -> list[float]:
         """The cost of an image that leaves at each exit: all stages and all exits up to there."""
         both = (stage + exit_here for stage, exit_here in zip(*self, strict=True))
         return list(itertools.accumulate(both))
 
     @property
-    def without_branches(self) -> list[int]:
+    def without_branches(self) -> list[float]:
         """The same if early exits were free: as BranchyNet's released code counts and times."""
         through = list(itertools.accumulate(self.stages))
         return [*through[:-1], through[-1] + self.exits[-1]]
 
     @property
-    def trunk(self) -> int:
+    def trunk(self) -> float:
         """The cost of the network without early exits."""
         return self.without_branches[-1]
 
@@ -175,6 +177,36 @@ def count_exit_macs(network: HasExits, images: Tensor) -> ExitCosts:
             state = stage(state)
         exits.append(count_macs(exit_here, state))
     return ExitCosts(stages, exits)
+
+
+def time_exits(network: HasExits, images: Tensor, num_rounds: int = 5) -> ExitCosts:
+    """Measures the milliseconds per image of every stage and every exit, medians over rounds.
+
+    Args:
+        network: in evaluation mode.
+        images: (N, C, H, W), computed together.
+        num_rounds: how often each is run, after a first time that does not count.
+    """
+    steps = [part for pair in zip(network.stages, network.exits, strict=True) for part in pair]
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(num_rounds + 1):
+        state: State = images
+        for index, step in enumerate(steps):
+            _wait_for(images)
+            start = time.perf_counter()
+            with torch.no_grad():
+                result = step(state)
+            _wait_for(images)
+            seconds[index].append(time.perf_counter() - start)
+            if index % 2 == 0:
+                state = result
+    medians = [1000 * statistics.median(times[1:]) / len(images) for times in seconds]
+    return ExitCosts(medians[::2], medians[1::2])
+
+
+def _wait_for(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
 
 
 # --- criteria -------------------------------------------------------------------------------------
@@ -550,6 +582,15 @@ def geometric_fractions(ratio: float, num_exits: int) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
+def check_budget(budget: float, costs: Sequence[float]) -> None:
+    """Raises ValueError if a mean cost per image is outside what the exits cost."""
+    if not costs[0] <= budget <= costs[-1]:
+        raise ValueError(
+            f"a budget of {budget:,.10g} per image is outside what the exits cost: "
+            f"{costs[0]:,.10g} to {costs[-1]:,.10g}"
+        )
+
+
 def thresholds_for_budget(
     scores: Tensor, costs: Sequence[float], budget: float, criterion: Criterion = "confidence"
 ) -> list[float]:
@@ -566,11 +607,7 @@ def thresholds_for_budget(
     Raises:
         ValueError: no images, or a budget outside what the exits span.
     """
-    if not costs[0] <= budget <= costs[-1]:
-        raise ValueError(
-            f"a budget of {budget:,.0f} per image is outside what the exits cost: "
-            f"{costs[0]:,.0f} to {costs[-1]:,.0f}"
-        )
+    check_budget(budget, costs)
     if len(scores) == 0:
         raise ValueError("no images to find thresholds with: hold out a validation split")
     price = torch.tensor(costs, dtype=torch.float64)

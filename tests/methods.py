@@ -41,6 +41,39 @@ METHODS: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "densenet": {
+        "class_path": "lightning_modules.LitDenseNet",
+        "init_args": {
+            "net": {
+                "class_path": "networks.CifarDenseNet",
+                "init_args": {
+                    "depth": 13,
+                    "growth_rate": 6,
+                    "drop_rate": 0.2,
+                    "memory_efficient": True,
+                    "in_channels": 1,
+                },
+            }
+        },
+    },
+    "msdnet": {
+        "class_path": "lightning_modules.LitMSDNet",
+        "init_args": {
+            "net": {
+                "class_path": "networks.MSDNet",
+                "init_args": {
+                    "num_blocks": 3,
+                    "base": 1,
+                    "step": 1,
+                    "num_channels": 4,
+                    "growth_rate": 4,
+                    "growth_factors": [1, 2],
+                    "bottleneck_factors": [1, 2],
+                    "in_channels": 1,
+                },
+            }
+        },
+    },
     "universally_slimmable": {
         "class_path": "lightning_modules.LitUniversallySlimmable",
         "init_args": {
@@ -68,7 +101,7 @@ def config(method: str) -> dict[str, Any]:
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
     if "stochastic_depth" in method:
         callbacks.append("SurvivalProbabilityLogger")
-    if method == "branchynet":
+    if method in ("branchynet", "msdnet"):
         callbacks.append("ExitStatistics")
     if method == "universally_slimmable":
         callbacks.append("BNRecalibration")

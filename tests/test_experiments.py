@@ -58,7 +58,9 @@ def test_machine_decides_nothing_but_the_machine(path: Path) -> None:
     assert science == both
 
 
-@pytest.mark.parametrize("method", ["resnet", "stochastic_depth", "branchynet", "slimmable"])
+@pytest.mark.parametrize(
+    "method", ["resnet", "stochastic_depth", "branchynet", "slimmable", "densenet", "msdnet"]
+)
 def test_method_has_a_card(method: str) -> None:
     card = (ROOT / "experiments" / method / "README.md").read_text()
     for heading in ("## Method", "## Choices", "## Results"):

@@ -272,9 +272,10 @@ def test_panels_show_the_curve_and_the_histograms(trained) -> None:
     logged = {}
     logger = SimpleNamespace(experiment=SimpleNamespace(log=logged.update))
     curve, histogram = curve_rows(module), entropy_rows(module)
-    log_to_wandb(logger, module, curve, histogram)
+    log_to_wandb(logger, module, curve, [(0.5, 100.0, 2.0)], histogram)
     names = [f"exits/entropy_histogram_{name}" for name in ("exit1", "exit2", "full")]
-    assert logged.keys() == {"exits/acc_against_macs", *names}
+    assert logged.keys() == {"exits/acc_against_macs", "exits/acc_against_ms", *names}
+    assert logged["exits/acc_against_ms"].table.data == [[2.0, 0.5]]
     for column, name in enumerate(names, start=2):
         assert list(logged[name].histogram) == [row[column] for row in histogram]
     table = logged["exits/acc_against_macs"].table

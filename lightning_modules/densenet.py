@@ -1,0 +1,25 @@
+"""DenseNet: Huang, Liu, van der Maaten, Weinberger, Densely Connected Convolutional Networks
+(CVPR 2017, arXiv 1608.06993).
+
+    x_l = H_l([x_0, x_1, ..., x_{l-1}]),    loss = CE(logits, label)
+
+Differences from the released code:
+    * None in the step. The rate falls after epochs 150 and 225 as the paper says; in the released
+      code one epoch earlier.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.base import Batch, ImageClassifier
+
+
+class LitDenseNet(ImageClassifier):
+    """Trains a DenseNet by cross-entropy."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels)
+        self.log_training(loss, logits, labels, batch_idx)
+        return loss

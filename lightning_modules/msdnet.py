@@ -1,0 +1,189 @@
+"""Multi-Scale Dense Networks: Huang, Chen, Li, Wu, van der Maaten, Weinberger (ICLR 2018,
+arXiv 1703.09844).
+
+    loss = sum_k CE(logits_k, label);    leave at the first k where max softmax(logits_k) >= T_k
+    T: a share q^k / sum_j q^j of the validation images leaves at exit k
+
+Differences from the released code:
+    * Thresholds are found on validation images without augmentation; the loader of the PyTorch code
+      augments them.
+    * An image that has left is not computed any further; there, every exit is run for every image.
+    * The rate falls after epochs 150 and 225 (of 300); in the released code one epoch earlier.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.base import Batch, Cost, OptimizerFactory, SchedulerFactory, sgd
+from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from networks import (
+    MultiExitNetwork,
+    count_exit_macs,
+    exits_taken,
+    thresholds_for_budget,
+    thresholds_for_fractions,
+    time_exits,
+)
+from networks.early_exit import ExitCosts, check_budget, geometric_fractions
+
+RATIOS = tuple(number / 20 for number in range(1, 40))
+"""Of the shares of two exits in a row: the paper's."""
+NO_THRESHOLDS = (
+    "a budget needs thresholds, which a validation finds: hold out validation images, and give a "
+    "checkpoint of a fit that validates"
+)
+
+
+class LitMSDNet(MultiExitClassifier):
+    """Trains a network with exits by the sum of their losses; spends a budget on many images.
+
+    Anytime prediction: every exit is an operating point, and so is the mean of the probabilities of
+    the exits up to it ("ensemble2", ...). Budgeted batch classification: the points "budget_exit2"
+    and so on leave early, by confidence, and cost on average what the exit costs that they are
+    named after; a curve has 39 sets of thresholds.
+
+    Args:
+        net: a network with exits.
+        budget_macs: mean multiply-accumulates per image that a test or a prediction may spend; adds
+            the operating point "adaptive", which `predict` then uses.
+        budget_ms: the same in milliseconds per image, in batches of the evaluation's size.
+        exit_thresholds: one per exit but the last, shallow to deep, for "adaptive".
+        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+
+    Raises:
+        ValueError: more than one of both budgets and thresholds, or a budget outside what the exits
+            cost (as soon as that is known).
+    """
+
+    def __init__(
+        self,
+        net: MultiExitNetwork,
+        budget_macs: float | None = None,
+        budget_ms: float | None = None,
+        exit_thresholds: Sequence[float] | None = None,
+        optimizer: OptimizerFactory = sgd,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        seed: int = 0,
+    ):
+        super().__init__(
+            net, "confidence", exit_thresholds, optimizer, lr_scheduler, lr_interval, seed
+        )
+        if sum(value is not None for value in (budget_macs, budget_ms, exit_thresholds)) > 1:
+            raise ValueError("give one of budget_macs, budget_ms and exit_thresholds")
+        self.budget_macs = budget_macs
+        self.budget_ms = budget_ms
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        exits = self.net(images)
+        loss = sum(F.cross_entropy(logits, labels) for logits in exits)
+        self.log_training(loss, exits[-1], labels, batch_idx)
+        return loss
+
+    # --- anytime prediction -----------------------------------------------------------------------
+
+    def evaluated_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Returns the exits, and the ensembles of the exits up to each."""
+        ensembles = {
+            f"ensemble{count}": partial(self.ensemble, count)
+            for count in range(2, self.net.num_exits + 1)
+        }
+        return {**super().evaluated_points(), **ensembles}
+
+    def ensemble(self, count: int, images: Tensor) -> Tensor:
+        """Returns the logarithm of the mean probabilities of the first `count` exits."""
+        state, logits = images, []
+        for stage, exit_here in zip(self.net.stages[:count], self.net.exits[:count], strict=True):
+            state = stage(state)
+            logits.append(exit_here(state))
+        return mean_log_probs(logits)[-1]
+
+    def evaluate(self, images: Tensor) -> dict[str, Tensor]:
+        """Returns the logits of exits and ensembles, from one pass."""
+        exits = super().evaluate(images)
+        means = mean_log_probs(list(exits.values()))
+        return {**exits, **{f"ensemble{k}": mean for k, mean in enumerate(means[1:], start=2)}}
+
+    # --- budgeted batch classification ------------------------------------------------------------
+
+    def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
+        scores, leaving = outputs.scores, costs.leaving
+        points = {
+            f"budget_exit{index + 1}": thresholds_for_budget(scores, leaving, leaving[index])
+            for index in reversed(range(1, self.net.num_exits - 1))
+        }
+        curve, shares = [], []
+        for ratio in RATIOS:
+            fractions = geometric_fractions(ratio, self.net.num_exits)
+            curve.append(thresholds_for_fractions(scores, fractions))
+            taken = exits_taken(scores, curve[-1], "confidence")
+            counts = torch.bincount(taken, minlength=self.net.num_exits)
+            shares.append((counts / len(taken)).tolist())
+        return FoundThresholds(points, curve, shares)
+
+    def costs(self, images: Tensor) -> dict[str, Cost]:
+        """Returns the costs; those of an exit include the exits before it, as in the paper."""
+        leaving = count_exit_macs(self.net, images).leaving
+        costs = super().costs(images)
+        for name, macs in zip(self.exit_names, leaving, strict=True):
+            costs[name] = Cost(macs, costs[name].params)
+        return costs
+
+    def finish_evaluation(self, split: str) -> dict[str, Tensor]:
+        if self.budget_macs is not None:
+            check_budget(self.budget_macs, self.exit_costs.leaving)
+        return super().finish_evaluation(split)
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        validates = self.trainer.limit_val_batches and (data is None or len(data.val_dataloader()))
+        if not validates and (self.budget_macs is not None or self.budget_ms is not None):
+            raise ValueError(NO_THRESHOLDS)
+
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            self.keep_to_budget(batch[0])
+
+    def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            self.keep_to_budget(batch[0])
+
+    def keep_to_budget(self, images: Tensor) -> None:
+        """Gives "adaptive" the thresholds of the curve that spend most of the budget."""
+        if self.budget_macs is not None:
+            budget, costs = self.budget_macs, count_exit_macs(self.net, images[:1]).leaving
+        elif self.budget_ms is not None:
+            with self.trainer.precision_plugin.forward_context():
+                times = time_exits(self.net, images).leaving
+            # Ranks must not differ about thresholds.
+            budget, costs = self.budget_ms, self.trainer.strategy.broadcast(times)
+        else:
+            return
+        check_budget(budget, costs)
+        if not self.found.curve:
+            raise ValueError(NO_THRESHOLDS)
+        means = (
+            torch.tensor(self.found.shares) @ torch.tensor(costs, dtype=torch.float32)
+        ).tolist()
+        affordable = [index for index, mean in enumerate(means) if mean <= budget]
+        # Below the cheapest of the curve all images leave at the first exit.
+        thresholds = [0.0] * (self.net.num_exits - 1)
+        if affordable:
+            thresholds = self.found.curve[max(affordable, key=means.__getitem__)]
+        self.given_thresholds = thresholds
+
+
+def mean_log_probs(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Returns log(mean of the softmax of the first k logits), for every k."""
+    log_probs = [values.log_softmax(1) for values in logits]
+    means = []
+    for count in range(1, len(log_probs) + 1):
+        total = torch.stack(log_probs[:count]).logsumexp(0)
+        means.append(total - torch.tensor(float(count)).log())
+    return means
