@@ -8,7 +8,7 @@ What it holds:
     metrics.csv            see `callbacks.CSVHistory`
     wandb_id wandb/        the W&B run that every attempt continues
     operating_points.csv   the result; `test` writes operating_points_again.csv
-    survival.csv exit*.csv predictions.csv   see `callbacks`
+    survival.csv exit*.csv recalibration.csv predictions.csv   see `callbacks`
     finished.yaml          where training stopped, and whether it was tested
     lock                   held while a process trains here
 """
