@@ -8,6 +8,8 @@ from statistics import median
 
 import torch
 
+from networks import wait_for
+
 
 def best_device() -> torch.device:
     """Returns the GPU if there is one, else the CPU."""
@@ -58,8 +60,3 @@ def median_seconds(
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

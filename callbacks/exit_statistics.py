@@ -149,15 +149,15 @@ def curve_rows(module: LightningModule) -> list[tuple]:
 
 def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     """Returns accuracy, mean MACs and measured milliseconds per image along the curve."""
-    curve = module.exit_curve[:: math.ceil(len(module.exit_curve) / MAX_TIMED) or 1]
+    curve = module.exit_curve[:: max(1, math.ceil(len(module.exit_curve) / MAX_TIMED))]
     contenders = {
         str(index): partial(
             early_exit, module.net, thresholds=thresholds, criterion=module.exit_criterion
         )
         for index, thresholds in enumerate(curve)
     }
-    ms = time_points(contenders, [images])
-    return [(*module.measure(curve[int(index)]), ms[index]) for index in contenders]
+    times = time_points(contenders, [images]).values()
+    return [(*module.measure(point), ms) for point, ms in zip(curve, times, strict=True)]
 
 
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:

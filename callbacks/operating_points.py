@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from callbacks.first_test_images import FirstTestImages
+from networks import wait_for
 
 RESULT = "operating_points.csv"
 AGAIN = "operating_points_again.csv"
@@ -87,18 +88,13 @@ def time_points(
     for number in range(NUM_ROUNDS + 1):
         images = batches[number % len(batches)]
         for name, classify in points.items():
-            synchronize(images)
+            wait_for(images.device)
             start = time.perf_counter()
             classify(images)
-            synchronize(images)
+            wait_for(images.device)
             if number > 0:  # the first is a warm-up
                 seconds[name].append((time.perf_counter() - start) / len(images))
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
-
-
-def synchronize(images: Tensor) -> None:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
 
 
 def print_table(path: Path) -> None:

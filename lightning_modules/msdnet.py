@@ -11,6 +11,7 @@ Differences from the released code:
     * The rate falls after epochs 150 and 225 (of 300); in the released code one epoch earlier.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -185,5 +186,5 @@ def mean_log_probs(logits: Sequence[Tensor]) -> list[Tensor]:
     means = []
     for count in range(1, len(log_probs) + 1):
         total = torch.stack(log_probs[:count]).logsumexp(0)
-        means.append(total - torch.tensor(float(count)).log())
+        means.append(total - math.log(count))
     return means

@@ -1,7 +1,7 @@
 """Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
-from networks.cost import count_macs, count_params, count_params_run
+from networks.cost import count_macs, count_params, count_params_run, wait_for
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
     MultiExitNetwork,
@@ -67,4 +67,5 @@ __all__ = [
     "thresholds_for_budget",
     "thresholds_for_fractions",
     "time_exits",
+    "wait_for",
 ]

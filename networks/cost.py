@@ -1,4 +1,4 @@
-"""What an operating point costs: multiply-accumulates and parameters."""
+"""What an operating point costs: multiply-accumulates, parameters, and time on a device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +26,12 @@ def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function(images)
     return counter.get_total_flops() // 2
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done what it was given, as every measurement of time has to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def count_params(network: nn.Module) -> int:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from networks.cost import count_macs
+from networks.cost import count_macs, wait_for
 from networks.rows import take_rows
 
 Criterion = Literal["entropy", "confidence"]
@@ -192,21 +192,16 @@ def time_exits(network: HasExits, images: Tensor, num_rounds: int = 5) -> ExitCo
     for _ in range(num_rounds + 1):
         state: State = images
         for index, step in enumerate(steps):
-            _wait_for(images)
+            wait_for(images.device)
             start = time.perf_counter()
             with torch.no_grad():
                 result = step(state)
-            _wait_for(images)
+            wait_for(images.device)
             seconds[index].append(time.perf_counter() - start)
             if index % 2 == 0:
                 state = result
     medians = [1000 * statistics.median(times[1:]) / len(images) for times in seconds]
     return ExitCosts(medians[::2], medians[1::2])
-
-
-def _wait_for(images: Tensor) -> None:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
 
 
 # --- criteria -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from randomize import randomize
 from torch import Tensor, nn
 
 import networks.densenet
@@ -38,16 +39,6 @@ def network(request) -> nn.Module:
 def make_network(kind: str) -> nn.Module:
     torch.manual_seed(0)
     return randomize(KINDS[kind]().double())
-
-
-def randomize(network: nn.Module) -> nn.Module:
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return network.train()
 
 
 def memory_efficient(network: nn.Module) -> nn.Module:

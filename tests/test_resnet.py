@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from randomize import randomize
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -47,19 +48,6 @@ def images(network) -> Tensor:
 def make_images(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(BATCH_SIZE, 3, size, size, dtype=torch.float64, generator=generator)
-
-
-def randomize(network: nn.Module) -> nn.Module:
-    """Draws the numbers of each BN and the biases, and returns the network in training mode."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.bias)
-    return network.train()
 
 
 def gradients(network: nn.Module, logits: Tensor) -> dict[str, Tensor | None]:
