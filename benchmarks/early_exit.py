@@ -2,7 +2,8 @@
 
     python -m benchmarks.early_exit
 
-BranchyNet's three networks at the exit rates of its table I, in batches of 1 and of 256:
+BranchyNet's three networks at the exit rates of its table I, and an MSDNet of five exits, each of
+which half as many images take as the one before, in batches of 1 and of 256:
     * measured speed-up over the same network without exits, divided by the speed-up in MACs: at
       least 0.9 at batch 256 and 0.8 at batch 1;
     * time of `early_exit` when nobody leaves, divided by the time of all stages and exits: at most
@@ -34,6 +35,7 @@ from networks import (
     BranchyAlexNet,
     BranchyLeNet,
     BranchyResNet,
+    MSDNet,
     MultiExitNetwork,
     Staged,
     count_exit_macs,
@@ -42,7 +44,7 @@ from networks import (
     run_to_exit,
     thresholds_for_fractions,
 )
-from networks.early_exit import entropy
+from networks.early_exit import entropy, geometric_fractions
 
 SPEED_CLAIMS = {1: 0.8, 256: 0.9}
 OVERHEAD_CLAIM = 1.03
@@ -59,10 +61,15 @@ class Case(NamedTuple):
     num_rounds: int
 
 
+def msdnet() -> MSDNet:
+    return MSDNet(num_blocks=5, base=1, step=1, step_mode="lin_grow", lazy=True)
+
+
 CASES = {
     "LeNet": Case(BranchyLeNet, (1, 28, 28), (0.943, 0.057), 70, 60),
     "AlexNet": Case(BranchyAlexNet, (3, 32, 32), (0.656, 0.252, 0.092), 61, 20),
     "ResNet-110": Case(BranchyResNet, (3, 32, 32), (0.415, 0.138, 0.447), 29, 4),
+    "MSDNet": Case(msdnet, (3, 32, 32), tuple(geometric_fractions(0.5, 5)), 31, 6),
 }
 
 

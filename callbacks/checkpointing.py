@@ -97,9 +97,7 @@ class RunCheckpoint(Checkpoint):
                 os.replace(self.path(trainer, PREVIOUS), self.path(trainer, LAST))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule
-        validates = trainer.limit_val_batches != 0 and (data is None or len(data.val_dataloader()))
-        if self.select == "best" and not validates:
+        if self.select == "best" and not pl_module.validates:
             raise ValueError(
                 "checkpoint.select is best, but nothing is validated: hold out a validation split "
                 "(val_size), or set checkpoint.select to last"

@@ -186,6 +186,14 @@ class ImageClassifier(pl.LightningModule):
 
     # --- evaluation -------------------------------------------------------------------------------
 
+    @property
+    def validates(self) -> bool:
+        """Whether the present fit has anything to validate on."""
+        data = self.trainer.datamodule
+        return bool(self.trainer.limit_val_batches) and (
+            data is None or len(data.val_dataloader()) > 0
+        )
+
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         if data is not None and data.num_classes != self.net.num_classes:

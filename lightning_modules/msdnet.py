@@ -11,6 +11,7 @@ Differences from the released code:
     * The rate falls after epochs 150 and 225 (of 300); in the released code one epoch earlier.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -142,10 +143,15 @@ class LitMSDNet(MultiExitClassifier):
         return super().finish_evaluation(split)
 
     def on_fit_start(self) -> None:
-        data = self.trainer.datamodule
-        validates = self.trainer.limit_val_batches and (data is None or len(data.val_dataloader()))
-        if not validates and (self.budget_macs is not None or self.budget_ms is not None):
+        if self.budget_macs is None and self.budget_ms is None:
+            return
+        if not self.validates:
             raise ValueError(NO_THRESHOLDS)
+        data = self.trainer.datamodule
+        if self.budget_macs is not None and data is not None:
+            network = copy.deepcopy(self.net).to("meta").eval()
+            image = torch.empty(1, *data.image_shape, device="meta")
+            check_budget(self.budget_macs, count_exit_macs(network, image).leaving)
 
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx == 0:

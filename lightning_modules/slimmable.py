@@ -236,7 +236,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and self.trainer.limit_val_batches and not self.is_recalibrated:
+        if stage == "fit" and self.validates and not self.is_recalibrated:
             raise ValueError(
                 "validation needs BN statistics of the evaluated widths: add "
                 "callbacks.BNRecalibration to trainer.callbacks"

@@ -212,6 +212,62 @@ def test_mistake_with_widths_is_one_line(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run/last.ckpt").exists()
 
 
+BAD_DENSE = {
+    "depth": ("densenet", {NET + "depth": 41}, "depth 41 is not 3n+4: choose one such as 40, 100"),
+    "depth with bottlenecks": (
+        "densenet",
+        {NET + "depth": 40 + 3, NET + "bottleneck": True},
+        "depth 43 is not 6n+4: choose one such as 100, 190, 250",
+    ),
+    "compression": ("densenet", {NET + "compression": 0.0}, "compression 0.0 is not in (0, 1]"),
+    "odd growth at a coarse scale": (
+        "msdnet",
+        {NET + "growth_rate": 5, NET + "growth_factors": [1, 1]},
+        "a growth rate of 5 times a growth factor of 1 is odd: make it even",
+    ),
+    "too few layers": (
+        "msdnet",
+        {NET + "num_blocks": 1},
+        "1 layers do not drop 2 scales one by one (prune='max'): choose base, step and num_blocks "
+        "such that there are 2",
+    ),
+    "base": ("msdnet", {NET + "base": 0}, "base 0 is too small: use 1 or more"),
+    "step": ("msdnet", {NET + "step": 0}, "step 0 is too small: use 1 or more"),
+    "two budgets": (
+        "msdnet",
+        {INIT + "budget_macs": 1e6, INIT + "budget_ms": 1.0},
+        "give one of budget_macs, budget_ms and exit_thresholds",
+    ),
+    "budget below the first exit": (
+        "msdnet",
+        {INIT + "budget_macs": 1.0},
+        "a budget of 1 per image is outside what the exits cost: ",
+    ),
+    "budget above the last exit": (
+        "msdnet",
+        {INIT + "budget_macs": 1e12},
+        "a budget of 1e+12 per image is outside what the exits cost: ",
+    ),
+    "budget without validation images": (
+        "msdnet",
+        {
+            INIT + "budget_macs": 1e6,
+            "data__init_args__val_size": 0,
+            "checkpoint__select": "last",
+        },
+        "a budget needs thresholds, which a validation finds: hold out validation images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DENSE)
+def test_mistake_with_a_dense_network_is_one_line(name: str, tmp_path: Path) -> None:
+    method, changes, message = BAD_DENSE[name]
+    experiment(tmp_path, method, **changes)
+    assert_one_line(*launch.run(COMMAND, tmp_path), message)
+    assert not (tmp_path / "run/last.ckpt").exists()
+
+
 @pytest.mark.parametrize("callback", ["ExitStatistics", "SurvivalProbabilityLogger"])
 def test_callback_of_another_method_is_one_line(callback: str, tmp_path: Path) -> None:
     experiment(tmp_path, "resnet", trainer__callbacks=[{"class_path": f"callbacks.{callback}"}])

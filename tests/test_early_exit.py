@@ -671,6 +671,31 @@ def test_fractions_of_eight_images(fractions, limits, taken, criterion, num_colu
     assert exits_taken(scores, actual, criterion).tolist() == taken
 
 
+@pytest.mark.parametrize(
+    ("ratio", "limits", "taken", "cost"),
+    [
+        # Shares 4/7, 2/7, 1/7 of 8 images: 4.57 and 2.29, that is 4 and 2. The 4th has 0.8. Of the
+        # others, who have 0.85, 0.6, 0.75 and 0.6, the 2nd has 0.75.
+        (0.5, [0.8, 0.75], [0, 1, 2, 0, 2], (1 + 3 + 6 + 1 + 6) / 5),
+        # Shares 1/7, 2/7, 4/7: 1 and 2. The first has 0.95; of the others the 2nd has 0.85.
+        (2.0, [0.95, 0.85], [0, 1, 2, 2, 2], (1 + 3 + 6 + 6 + 6) / 5),
+        # Shares 1/3: 2.67 are 2. The 2nd and the 3rd have 0.9; of the others the 2nd has 0.75.
+        (1.0, [0.9, 0.75], [0, 1, 2, 2, 2], (1 + 3 + 6 + 6 + 6) / 5),
+        # Shares 1/111, 10/111, 100/111: 0.07 is nobody and 0.72 is nobody.
+        (10.0, [math.inf, math.inf], [2, 2, 2, 2, 2], 6),
+    ],
+)
+def test_budgeted_rule_by_hand(ratio, limits, taken, cost):
+    """From validation confidences to the mean cost of five test images, exits that cost 1, 3, 6."""
+    validation = torch.tensor(CONFIDENCES, dtype=torch.float64)
+    thresholds = thresholds_for_fractions(validation, geometric_fractions(ratio, 3))
+    assert thresholds == limits
+    test = torch.tensor([[0.97, 0.1], [0.3, 0.9], [0.79, 0.5], [0.8, 0.2], [0.1, 0.74]])
+    exits = exits_taken(test.double(), thresholds, "confidence")
+    assert exits.tolist() == taken
+    assert torch.tensor([1.0, 3.0, 6.0])[exits].mean().item() == pytest.approx(cost)
+
+
 def test_fractions_are_counted_in_single_precision():
     """0.29 * 100 is 28.999999999999996 in double precision, 29 in the released code."""
     scores = torch.arange(100.0).flip(0).div(100)[:, None]

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,21 @@ class Parser(main.ExperimentCLI):
         return cli.config.fit
 
 
+def build(spec: Any) -> Any:
+    """Returns the object that a class and its arguments stand for, or a plain value."""
+    if not isinstance(spec, Namespace):
+        return spec
+    room, name = spec.class_path.split(".")
+    arguments = {key: build(value) for key, value in vars(spec.init_args).items()}
+    return getattr(importlib.import_module(room), name)(**arguments)
+
+
 @pytest.mark.parametrize("path", SCIENCE, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_experiment_builds(path: Path) -> None:
     config = Parser.parse(path)
     model = config.model.init_args
-    room, name = model.net.class_path.split(".")
     with torch.device("meta"):
-        net = getattr(importlib.import_module(room), name)(**model.net.init_args)
+        net = build(model.net)
     data_room, data_name = config.data.class_path.split(".")
     data = getattr(importlib.import_module(data_room), data_name)
     # A folder of images has as many classes as subfolders.
