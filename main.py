@@ -8,6 +8,11 @@ A run lives in `runs/<method>/<yaml stem>/seed<k>` (or `--run_dir`). Repeating t
 killed run goes on from its newest checkpoint; a finished run says so.
 """
 
+import preemption
+
+if __name__ == "__main__":
+    preemption.listen()  # the imports below take seconds, in which a warning would end the process
+
 import logging
 import os
 import re
@@ -26,6 +31,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch.distributed import DistError
 
 from callbacks import AtomicCheckpointIO, OperatingPoints, PredictionWriter, RunCheckpoint
 from callbacks.operating_points import AGAIN, RESULT, print_table
@@ -115,7 +121,8 @@ class ExperimentCLI(LightningCLI):
         if init.trainer.fast_dev_run and self.subcommand == "fit":
             self.run_folder.path = Path(tempfile.mkdtemp(prefix="fast_dev_run"))
         callbacks = [] if init.trainer.enable_progress_bar is False else [RichProgressBar()]
-        callbacks += [*(init.trainer.callbacks or []), PredictionWriter()]
+        given = init.trainer.callbacks or []
+        callbacks += [*(given if isinstance(given, list) else [given]), PredictionWriter()]
         if self.subcommand == "fit":
             callbacks += [OperatingPoints(), LearningRateMonitor()]
         else:
@@ -150,12 +157,14 @@ class ExperimentCLI(LightningCLI):
         ckpt_path: str | None,
     ) -> None:
         """Trains, or goes on training, then tests once."""
+        preemption.listen()
         folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
         tracking = self.config_init.fit.wandb
         if trainer.fast_dev_run:
             tracking.mode = "disabled"
         folder.create()
         folder.lock()
+        folder.repair()
         self._dump_config()
         folder.check_config(self.config_dump)
         if folder.is_finished(trainer, test):
@@ -221,6 +230,11 @@ class ExperimentCLI(LightningCLI):
         self.run_folder.create()
         return path
 
+    def before_validate(self) -> None:
+        preemption.stop_listening()
+
+    before_test = before_predict = before_validate
+
     def run_file(self, ckpt_path: str | None) -> Path | None:
         """Returns the path of a checkpoint; "last" and "best" are those of the run folder."""
         if ckpt_path in ("last", "best"):
@@ -229,7 +243,11 @@ class ExperimentCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit status: 0, 2 after a mistake, 128 + a signal."""
+    """Runs one command line and returns its exit status.
+
+    0; 2 after a mistake; 75 if a scheduler's warning came and the same command goes on; 128 + the
+    number of a signal that ended it.
+    """
     # Lightning's advice about worker processes: our small sets are in memory and have none.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The metrics have been reduced over the ranks when they are logged.
@@ -245,12 +263,29 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+    except preemption.Preempted as warning:
+        rank_zero_info("saved after a signal: repeat the command to go on")
+        return warning.code
+    except RuntimeError as error:
+        if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
+            raise
+        print(
+            f"error: another process of this run has ended, so this one does ({one_line(error)}): "
+            "see what it printed, then repeat the command to go on",
+            file=sys.stderr,
+        )
+        return 1
     except SIGTERMException:
         # Lightning alone would exit with 0, and a scheduler would take the run for done.
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def is_loss_of_a_rank(error: RuntimeError) -> bool:
+    """Tells whether a collective operation failed; gloo has no class for that."""
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def one_line(error: Exception) -> str:

@@ -19,12 +19,14 @@ import netrc
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from zipfile import is_zipfile
 
 import pytorch_lightning as pl
 import torch
@@ -32,9 +34,10 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from callbacks import CSVHistory
-from callbacks.checkpointing import LAST
+from callbacks.checkpointing import LAST, PREVIOUS
 
 # Of a YAML's trainer and data sections, only this part decides the result; the rest says how long,
 # where and how verbosely a run trains, and may change between two attempts of it.
@@ -49,7 +52,8 @@ TRAINER_SCIENCE = (
     "val_check_interval",
 )
 CHECKPOINT_SCIENCE = ("select", "monitor", "mode")
-DATA_LOGISTICS = ("data_dir", "eval_batch_size", "num_workers")
+# The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
+DATA_LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers")
 
 
 @dataclass
@@ -91,6 +95,18 @@ def _logged_in() -> bool:
         return False
 
 
+class Sweep(NamedTuple):
+    """What `wandb agent` tells a run that it starts."""
+
+    id: str
+    run_id: str
+
+
+def _sweep() -> Sweep | None:
+    ids = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return Sweep(*ids) if all(ids) else None
+
+
 class RunFolder:
     """One run.
 
@@ -113,7 +129,9 @@ class RunFolder:
         science = [file for file in files if "model" in _read(file)]
         stem = science[0].stem if science else "command_line"
         seed = config["seed_everything"]
-        path = config["run_dir"] or Path("runs", method, stem, f"seed{seed}")
+        sweep = _sweep()  # all its runs share one YAML
+        leaf = f"sweep-{sweep.id}/{sweep.run_id}" if sweep else f"seed{seed}"
+        path = config["run_dir"] or Path("runs", method, stem, leaf)
         return cls(Path(path), f"{method}/{stem}", seed)
 
     @property
@@ -121,6 +139,20 @@ class RunFolder:
         """The checkpoint to go on from."""
         path = self.path / LAST
         return path if path.exists() else None
+
+    @rank_zero_only
+    def repair(self) -> None:
+        """Puts the checkpoint before the last in the place of a last one that is cut short.
+
+        Writing a checkpoint cannot do that, but a file system that loses its latest blocks can. The
+        bad file is kept as damaged.ckpt. One that is whole, whatever it holds, is left alone.
+        """
+        last, previous = self.path / LAST, self.path / PREVIOUS
+        if last.exists() and not is_zipfile(last) and is_zipfile(previous):
+            rank_zero_warn(f"{last} is damaged: goes on from the checkpoint before it")
+            damaged = self.path / "damaged.ckpt"
+            shutil.copyfile(last, damaged)
+            os.replace(previous, last)
 
     @rank_zero_only
     def create(self) -> None:
@@ -219,13 +251,15 @@ class RunFolder:
 
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, a third of its default
         id_file = self.path / "wandb_id"
-        if not id_file.exists():
-            _write(id_file, uuid.uuid4().hex[:12])
+        sweep = _sweep()
+        if sweep or not id_file.exists():
+            _write(id_file, sweep.run_id if sweep else uuid.uuid4().hex[:12])
         options = {
             "id": id_file.read_text(),
             "resume": "allow",
             "dir": self.path,
-            "name": f"{self.name}/seed{self.seed}",
+            # In a sweep all would be called the same; W&B numbers them.
+            "name": None if sweep else f"{self.name}/seed{self.seed}",
             "group": self.name,
             "project": tracking.project,
             "entity": tracking.entity,

@@ -13,6 +13,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
+import preemption
 from callbacks.csv_history import CSVHistory
 
 LAST = "last.ckpt"
@@ -27,6 +28,9 @@ class RunCheckpoint(Checkpoint):
     steps; `best.ckpt` when the monitored metric improves. `previous.ckpt` is the one before the
     last: if the loss right after a save is not finite, it takes the place of `last.ckpt`. With each
     goes the number of rows of the CSV history.
+
+    A scheduler's warning (see `preemption`) on any rank makes all ranks save after the optimizer
+    step they are in, or the validation that follows it, and leave with `preemption.Preempted`.
 
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
@@ -106,19 +110,39 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = trainer.global_step % self.every_n_steps == 0
-        if due and trainer.global_step != self.saved_step and not _hands_over(trainer, batch_idx):
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not is_step or _hands_over(trainer, batch_idx):
+            return
+        warning = agree_on_warning(trainer)
+        due = warning or trainer.global_step % self.every_n_steps == 0
+        if due and trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
+        if warning:
+            raise preemption.Preempted(warning)
+
+    def leave_if_warned(self, trainer: Trainer) -> None:
+        warning = agree_on_warning(trainer)
+        if warning:
+            raise preemption.Preempted(warning)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if self.improved(trainer):
                 self.save(trainer, BEST)
             self.save(trainer, LAST)
+            self.leave_if_warned(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
+            self.leave_if_warned(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning's handler of SIGTERM talks to the other ranks, wherever they are.
+        preemption.listen()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.leave_if_warned(trainer)
 
     def improved(self, trainer: Trainer) -> bool:
         if self.monitor not in trainer.callback_metrics:
@@ -151,19 +175,20 @@ class RunCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):
                 checkpoint["num_history_rows"] = logger.num_rows
-        checkpoint["world_size"] = trainer.world_size
-        checkpoint["mid_epoch"] = not trainer.is_last_batch
+        checkpoint["images_per_step"] = images_per_step(trainer)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != "fit":
             return  # a test of the best checkpoint forgets nothing of what came after it
-        world_size = checkpoint.get("world_size", trainer.world_size)
-        if checkpoint.get("mid_epoch") and world_size != trainer.world_size:
+        there, here = checkpoint.get("images_per_step"), images_per_step(trainer)
+        if there is not None and there != here:
+            fitting, odd = divmod(there, trainer.world_size)
             raise ValueError(
-                f"the checkpoint was saved within an epoch by {world_size} processes, and "
-                f"{trainer.world_size} would see other images in the rest of it: use as many"
+                f"the checkpoint is of a training with {there} images in a batch of all processes, "
+                f"and here are {here}: "
+                + ("use another number of processes" if odd else f"set batch_size to {fitting}")
             )
         # max_time limits an attempt; the Timer would count those before it.
         checkpoint["callbacks"].pop("Timer", None)
@@ -171,6 +196,21 @@ class RunCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):
                 logger.truncate(checkpoint.get("num_history_rows", 0))
+
+
+def images_per_step(trainer: Trainer) -> int | None:
+    """Returns the size of a training batch over all processes; None for data that has none."""
+    batch_size = getattr(trainer.datamodule, "batch_size", None)
+    return batch_size and batch_size * trainer.world_size
+
+
+def agree_on_warning(trainer: Trainer) -> int:
+    """Returns the same warning on all ranks, 0 if none of them has got one."""
+    warning = preemption.received()
+    if trainer.world_size > 1:
+        tensor = torch.tensor(float(warning), device=trainer.strategy.root_device)
+        warning = int(trainer.strategy.reduce(tensor, reduce_op="max"))
+    return warning
 
 
 def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
@@ -206,7 +246,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(part, path)
         except BaseException as error:
             part.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError):  # how torch reports a full disk
+            # A RuntimeError is how torch may report a full disk.
+            if isinstance(error, OSError | RuntimeError):
                 raise OSError(f"cannot write {path}, the one before it is kept: {error}") from error
             raise
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+import preemption
 from chance import generator
 from datamodules.augmentation import BatchTransform
 from datamodules.base import Batch, ImageDataModule, Split, require
@@ -66,9 +67,10 @@ class ImageFiles(Dataset):
         return pil_to_tensor(image), self.labels[index]
 
 
-def use_one_thread(worker: int) -> None:
-    """Starts a worker: they run side by side, so that each may use one core."""
+def start_worker(worker: int) -> None:
+    """Prepares a loader process: they run side by side, so that each may use one core."""
     torch.set_num_threads(1)
+    preemption.outlive_warnings()
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -175,7 +177,7 @@ class ImageFolderDataModule(ImageDataModule):
             # A generator: the keys of an epoch of ImageNet would be a million Python objects.
             batch_sampler=([(epoch, row) for row in indices[batch].tolist()] for batch in batches),
             num_workers=self.num_workers,
-            worker_init_fn=use_one_thread,
+            worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             # Else it would draw a seed for its workers, which use none, from the global generator.
             generator=generator("workers", self.seed, epoch),

@@ -268,22 +268,32 @@ class ImageClassifier(pl.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Every rank comes here and rank 0 writes: it keeps the sums over all ranks.
-        sums = {}
-        for name in ("train_loss", "train_acc"):
-            metric = getattr(self, name)
-            with metric.sync_context():
-                sums[name] = {key: value.clone() for key, value in metric.metric_state.items()}
-        checkpoint["train_metrics"] = sums
+        # Every rank comes here, and rank 0 writes. It keeps the sums of each rank, as rounding
+        # depends on the order in which they are added.
+        sums = {
+            f"{name}.{key}": value.cpu().clone()
+            for name in ("train_loss", "train_acc")
+            for key, value in getattr(self, name).metric_state.items()
+        }
+        ranks = [sums]
+        if self.trainer.world_size > 1:
+            ranks = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, sums)
+        checkpoint["train_metrics"] = ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_same_network(checkpoint["state_dict"])
-        if self.global_rank != 0:
+        ranks = checkpoint["train_metrics"]
+        if len(ranks) == self.trainer.world_size:
+            sums = ranks[self.global_rank]
+        elif self.global_rank == 0:
+            sums = {key: sum(rank[key] for rank in ranks) for key in ranks[0]}
+        else:
             return
-        for name, state in checkpoint.get("train_metrics", {}).items():
-            metric = getattr(self, name)
-            for key, value in state.items():
-                setattr(metric, key, value.to(metric.device))
+        for name, value in sums.items():
+            metric_name, key = name.split(".")
+            metric = getattr(self, metric_name)
+            setattr(metric, key, value.to(metric.device))
             metric._update_count = 1  # Otherwise the metric warns that it was never updated.
 
     def check_same_network(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -493,7 +493,6 @@ def test_signal_is_no_success(number: int, status: int, tmp_path: Path) -> None:
         ("config.yaml", "{", "config.yaml is no YAML"),
         ("config.yaml", "", "config.yaml holds no keys"),
         ("finished.yaml", "- 1", "finished.yaml holds no keys"),
-        ("last.ckpt", "PK", "last.ckpt is not a checkpoint"),
     ],
 )
 def test_damaged_file_in_the_run_folder(
@@ -504,6 +503,37 @@ def test_damaged_file_in_the_run_folder(
     (tmp_path / "run" / name).write_text(content)
     more = [] if name == "finished.yaml" else ["--trainer.max_epochs=2"]
     assert_one_line(*launch.run([*COMMAND, *more], tmp_path), message)
+
+
+def test_damaged_checkpoint_is_told_in_a_line(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / "run" / name).write_text("PK")
+    more = [*COMMAND, "--trainer.max_epochs=2"]
+    assert_one_line(*launch.run(more, tmp_path), "last.ckpt is not a checkpoint")
+
+
+class Harmful:
+    """Unpickled, it would make a file."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("executed"),)
+
+
+def test_foreign_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
+    experiment(tmp_path)
+    assert launch.run(COMMAND, tmp_path)[0] == 0
+    last = tmp_path / "run/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "extra": Harmful()}, last)
+    for command in (
+        [*COMMAND, "--trainer.max_epochs=2"],
+        ["test", *COMMAND[1:], "--ckpt_path", "last"],
+    ):
+        assert_one_line(*launch.run(command, tmp_path), "last.ckpt is not a checkpoint of tensors")
+    assert not (tmp_path / "executed").exists()
+    assert (tmp_path / "run/best.ckpt").exists()
 
 
 def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:

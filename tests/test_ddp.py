@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning import Trainer
+from test_resume import assert_same_run
+from torch import nn
 
 from lightning_modules import LitStochasticDepth
 from networks import CifarResNet
@@ -78,30 +82,111 @@ def test_two_ranks_predict_what_one_predicts(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_other_number_of_ranks_within_an_epoch_is_refused(tmp_path: Path) -> None:
-    experiment(tmp_path, "stochastic_depth", {"callbacks": None})
-    last = tmp_path / "run/last.ckpt"
-    assert launch.kill_when(last.exists, COMMAND, tmp_path)
-    assert torch.load(last, weights_only=True)["global_step"] == 3
-    more = ["--trainer.devices=2", "--trainer.strategy=ddp_fork_find_unused_parameters_true"]
-    status, output = launch.run([*COMMAND, *more], tmp_path)
-    assert status != 0
-    assert "was saved within an epoch by 1 processes" in output
+class LinearNet(nn.Module):
+    """Without BN, whose statistics are those of a rank, the number of ranks decides nothing."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1024, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.flatten(1))
 
 
-def test_two_ranks_resume(tmp_path: Path) -> None:
-    weights = []
+def test_other_number_of_ranks_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    """One process, killed, then two, killed, then one: the weights are those of one process."""
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    half = "--data.init_args.batch_size=32"
+    checkpoints = []
     for name in ("whole", "broken"):
         folder = tmp_path / name
         folder.mkdir()
-        experiment(folder, "stochastic_depth", FORKED)
+        net = {"class_path": "test_ddp.LinearNet"}
+        config = methods.config("resnet")
+        config["model"]["init_args"]["net"] = net
+        config["trainer"] |= {"callbacks": None, "limit_train_batches": 10}
+        (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
         last = folder / "run/last.ckpt"
         if name == "broken":
             assert launch.kill_when(last.exists, COMMAND, folder)
+            steps = torch.load(last, weights_only=True)["global_step"]
+            assert steps % 10, "saved within an epoch"
+            status, output = launch.run([*COMMAND, *two], folder)
+            assert status != 0
+            assert "64 images in a batch of all processes, and here are 128" in output
+            assert "set batch_size to 32" in output
+            seen = last.stat().st_mtime_ns
+            command = [*COMMAND, *two, half]
+            assert launch.kill_when(lambda: last.stat().st_mtime_ns != seen, command, folder)  # noqa: B023
         assert launch.run(COMMAND, folder)[0] == 0, (folder / "output.txt").read_text()
-        weights.append(torch.load(last, weights_only=True)["state_dict"])
-    for key, value in weights[0].items():
-        assert torch.equal(value, weights[1][key]), key
+        checkpoints.append(torch.load(last, weights_only=True))
+    whole, broken = checkpoints
+    assert whole["global_step"] == broken["global_step"] == 30
+    for key, value in whole["state_dict"].items():
+        torch.testing.assert_close(broken["state_dict"][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_resume(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        experiment(folder, "stochastic_depth", FORKED)
+        last = folder / "run/last.ckpt"
+        if folder == broken:
+            assert launch.kill_when(last.exists, COMMAND, folder)
+        assert launch.run(COMMAND, folder)[0] == 0, (folder / "output.txt").read_text()
+    assert_same_run(whole, broken)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("second", signal.SIGUSR1), ("second", signal.SIGKILL), ("first", signal.SIGKILL)],
+    ids=["warned", "second killed", "first killed"],
+)
+def test_what_happens_to_one_rank_happens_to_both(victim: str, number: int, tmp_path: Path) -> None:
+    """A warned rank saves with the other; the other of a killed one says so, and ends soon."""
+    experiment(tmp_path, "stochastic_depth", {"max_epochs": 1000, "callbacks": None})
+    machine = str(launch.ROOT / "experiments/machines/ddp.yaml")
+    command = [sys.executable, str(launch.ROOT / "main.py"), *COMMAND, "-c", machine]
+    environment = os.environ | launch.QUIET | {"CUDA_VISIBLE_DEVICES": ""}
+    output = tmp_path / "output.txt"
+    with output.open("w") as file:
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
+    history = tmp_path / "run/metrics.csv"
+    while not history.exists() or history.read_text().count("\n") < 20:
+        assert first.poll() is None, output.read_text()
+        time.sleep(0.01)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    (second,) = (
+        int(pid) for pid in children if b"main.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    start = time.monotonic()
+    os.kill(first.pid if victim == "first" else second, number)
+    status = first.wait(timeout=120)
+    while not has_ended(second):
+        assert time.monotonic() - start < 120
+        time.sleep(0.01)
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] > 0
+    errors = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
+    if number == signal.SIGUSR1:
+        assert status == 75
+        assert not errors
+        assert "saved after a signal" in output.read_text()
+    else:
+        assert status == (1 if victim == "second" else -signal.SIGKILL)
+        assert len(errors) == 1
+        assert errors[0].startswith("error: another process of this run has ended")
 
 
 def test_plain_ddp_is_refused_with_the_remedy() -> None:

@@ -12,7 +12,8 @@ import main
 
 ROOT = Path(__file__).parent.parent
 MACHINES = sorted((ROOT / "experiments/machines").glob("*.yaml"))
-SCIENCE = sorted(set((ROOT / "experiments").rglob("*.yaml")) - set(MACHINES))
+SWEEP = ROOT / "experiments/sweep.yaml"  # see test_sweep.py
+SCIENCE = sorted(set((ROOT / "experiments").rglob("*.yaml")) - {SWEEP, *MACHINES})
 
 
 class Parser(main.ExperimentCLI):

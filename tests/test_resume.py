@@ -3,7 +3,10 @@
 import csv
 import os
 import random
+import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import methods
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
@@ -182,6 +186,48 @@ def test_killed_while_testing(tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
+def test_damaged_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    config = methods.config("stochastic_depth")
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    previous, last = broken / "run/previous.ckpt", broken / "run/last.ckpt"
+    # When a write begins, both names mean the same file.
+    two_files = lambda: previous.exists() and not previous.samefile(last)  # noqa: E731
+    assert launch.kill_when(two_files, COMMAND, broken)
+    last.write_bytes(last.read_bytes()[:-100])
+    status, output = launch.run(COMMAND, broken)
+    assert status == 0, output
+    assert "last.ckpt is damaged: goes on from the checkpoint before it" in output
+    (broken / "run/damaged.ckpt").unlink()
+    assert_same_run(whole, broken)
+
+
+class FullDisk(Callback):
+    """From the second epoch on no file grows beyond a few kilobytes, by a limit of the process."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+
+
+def test_full_disk_is_told_in_a_line_and_loses_nothing(tmp_path: Path) -> None:
+    config = methods.config("stochastic_depth")
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    config["trainer"]["callbacks"].append({"class_path": "test_resume.FullDisk"})
+    (broken / "full.yaml").write_text(yaml.safe_dump(config))
+    status, output = launch.run(["fit", "-c", "full.yaml", *COMMAND[3:]], broken)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert status == 2
+    assert len(errors) == 1
+    assert "last.ckpt, the one before it is kept" in errors[0]
+    assert torch.load(broken / "run/last.ckpt", weights_only=True)["global_step"] == 7
+    assert not list(broken.rglob("*.part"))
+    assert launch.run(COMMAND, broken)[0] == 0, (broken / "output.txt").read_text()
+    assert_same_run(whole, broken)
+
+
 def test_more_epochs_go_on(tmp_path: Path) -> None:
     config = methods.config("stochastic_depth")
     whole, grown = write(tmp_path / "whole", config), write(tmp_path / "grown", config)
@@ -193,22 +239,63 @@ def test_more_epochs_go_on(tmp_path: Path) -> None:
     assert_same_run(whole, grown)
 
 
-def test_lightnings_own_requeue_is_off_under_slurm(tmp_path: Path) -> None:
-    """It would save in the middle of a batch. SIGUSR1 ends the run; a repeated command resumes."""
-    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1"}
-    environment = launch.QUIET | slurm | {"SLURM_NTASKS_PER_NODE": "1"}
-    config = methods.config("resnet")
-    config["trainer"]["max_epochs"] = 1000
-    folder = write(tmp_path / "folder", config)
-    process = launch.start(COMMAND, folder, environment)
-    while not (folder / "run/last.ckpt").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGUSR1)
-    process.join()
-    assert process.exitcode == -signal.SIGUSR1
-    assert not list(folder.rglob("hpc_ckpt*"))
-    assert launch.run([*COMMAND, "--trainer.max_epochs=1"], folder, environment)[0] == 0
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS_PER_NODE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "changes"),
+    [
+        (signal.SIGUSR1, 75, {}),
+        (signal.SIGUSR2, 75, {"accumulate_grad_batches": 2}),
+        (signal.SIGTERM, 143, {"limit_val_batches": 0, "val_check_interval": 1.0}),
+    ],
+    ids=["USR1", "USR2", "TERM"],
+)
+def test_warned_run_saves_and_leaves(
+    number: int, status: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """A warning at any moment: a checkpoint of that step, the status that the scheduler needs."""
+    config = methods.config("stochastic_depth")
+    config["trainer"] |= changes
+    config["checkpoint"] = {"select": "last", "every_n_steps": 1000}
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    history = broken / "run/metrics.csv"
+    steps = [0]
+    for _ in range(3):
+        process = launch.start(COMMAND, broken, launch.QUIET | SLURM)
+        seen = history.stat().st_size if history.exists() else 0
+        time.sleep(0.5)  # the history is cut to the checkpoint first
+        while process.is_alive() and (not history.exists() or history.stat().st_size <= seen):
+            time.sleep(0.001)
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == status, (broken / "output.txt").read_text()
+        steps.append(torch.load(broken / "run/last.ckpt", weights_only=True)["global_step"])
+        assert steps[-1] > steps[-2]
+    assert len(steps) > 1
+    assert launch.run(COMMAND, broken)[0] == 0, (broken / "output.txt").read_text()
+    assert not list(broken.rglob("hpc_ckpt*"))  # Lightning's own
+    for folder in (whole, broken):  # who was warned has saved more often
+        (folder / "run/previous.ckpt").unlink(missing_ok=True)
+    assert_same_run(whole, broken)
+
+
+def test_warning_before_training_is_remembered(tmp_path: Path) -> None:
+    """While torch is imported, and while the data is prepared, nothing can be saved yet."""
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(methods.config("resnet")))
+    environment = os.environ | launch.QUIET
+    process = subprocess.Popen(
+        [sys.executable, str(launch.ROOT / "main.py"), *COMMAND], cwd=tmp_path, env=environment
+    )
+    time.sleep(2.0)
+    assert not (tmp_path / "run").exists(), "this machine imports torch in two seconds"
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=300) == 75
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_wrong_number_of_slurm_tasks_is_refused(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ ALLOWED = {
     "networks": {"torch", "networks"},
     "datamodules": {
         *LIGHTNING,
-        *{"torch", "torchvision", "chance", "datamodules"},
+        *{"torch", "torchvision", "chance", "preemption", "datamodules"},
         *{"numpy", "PIL", "scipy", "sklearn"},  # decoders of files
     },
-    "callbacks": {*LIGHTNING, "torch", "networks", "callbacks", "rich", "wandb"},
+    "callbacks": {*LIGHTNING, "torch", "preemption", "networks", "callbacks", "rich", "wandb"},
     "lightning_modules": {
         *LIGHTNING,
         *{"torch", "torchmetrics", "chance", "networks", "lightning_modules"},
@@ -24,7 +24,7 @@ ALLOWED = {
     "benchmarks": {
         *LIGHTNING,
         *{"torch", "torchvision", "numpy", "PIL", "chance"},
-        *{"networks", "datamodules", "lightning_modules", "benchmarks"},
+        *{"networks", "datamodules", "lightning_modules", "callbacks", "benchmarks"},
     },
 }
 
