@@ -35,6 +35,8 @@ def _run_main(args: Sequence[str], folder: Path, output: Path, environment: Envi
     sys.argv = ["main.py", *args]
     # Tests that were started in the background ignore it, and what they start would, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Else the workers of a loader would wait for a fork server of their own.
+    multiprocessing.set_start_method("fork", force=True)
 
     import torch
 
@@ -73,7 +75,7 @@ def kill_when(
     """Starts a run, kills it (SIGKILL) when `condition` holds; False if it ended before."""
     process = start(args, folder, environment)
     while process.is_alive() and not condition():
-        time.sleep(0.01)
+        time.sleep(0.001)
     if not process.is_alive():
         return False
     os.kill(process.pid, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -14,9 +13,11 @@ from typing import Any
 
 import launch
 import methods
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -29,14 +30,17 @@ def write(folder: Path, config: dict) -> Path:
     return folder
 
 
-def metrics(folder: Path) -> list[dict[str, str]]:
-    """Returns what was logged, without the columns that measure time."""
-    with (folder / "run/metrics.csv").open(newline="") as file:
-        rows = [
-            {key: value for key, value in row.items() if not key.startswith("time/")}
+def rows(path: Path) -> list[dict[str, str]]:
+    """Returns what a CSV file holds, without the columns that measure time."""
+    with path.open(newline="") as file:
+        return [
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith("time/") and key != "ms_per_image"
+            }
             for row in csv.DictReader(file)
         ]
-    return rows
 
 
 def assert_same(one, other, path="") -> None:
@@ -65,7 +69,8 @@ def assert_same_run(one: Path, other: Path) -> None:
             # Lightning's counters of attempts; what they decide is compared.
             del checkpoint["loops"]
         assert_same(a, b, name)
-    assert metrics(one) == metrics(other)
+    for name in ("metrics.csv", "operating_points.csv"):
+        assert rows(one / "run" / name) == rows(other / "run" / name), name
     for name in ("survival.csv", "exits.csv", "exit_curve.csv", "config.yaml"):
         files = [folder / "run" / name for folder in (one, other)]
         assert files[0].exists() == files[1].exists()
@@ -123,27 +128,32 @@ def test_killed_under_other_trainer_settings(changes: dict[str, Any], tmp_path: 
     assert_same_run(whole, broken)
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Five kills at moments that follow no plan: during start-up, a step, a write, validation."""
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
+    images, chance = tmp_path / "images", np.random.default_rng(0)
+    for number in range(32):
+        split = "train" if number % 4 else "val"
+        name = "cat" if number < 16 else "dog"
+        path = images / split / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = chance.integers(0, 256, (30 + number, 60 - number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
     config = methods.config("stochastic_depth")
-    config["trainer"]["max_epochs"] = 6
+    config["model"]["init_args"]["net"]["init_args"] |= {"num_classes": 2, "in_channels": 3}
+    config["data"] = {
+        "class_path": "datamodules.ImageFolderDataModule",
+        "init_args": {
+            "data_dir": str(images),
+            "image_size": 16,
+            "batch_size": 4,
+            "num_workers": num_workers,
+        },
+    }
+    config["checkpoint"]["every_n_steps"] = 4
+    config["trainer"] |= {"max_epochs": 2, "limit_train_batches": 1.0}
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
-    start = time.monotonic()
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
-    duration = time.monotonic() - start
-
-    def moment() -> Callable[[], bool]:
-        nonlocal num_kills
-        num_kills += 1
-        if num_kills > 5:
-            return lambda: False
-        delay = random.uniform(0, duration)
-        print(f"kill {num_kills} after {delay:.3f} s")  # shown if the test fails
-        end = time.monotonic() + delay
-        return lambda: time.monotonic() > end
-
-    num_kills = 0
-    kill_repeatedly(broken, moment)
+    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 3
     assert_same_run(whole, broken)
 
 
@@ -284,6 +294,7 @@ def test_warned_run_saves_and_leaves(
     assert_same_run(whole, broken)
 
 
+@pytest.mark.slow
 def test_warning_before_training_is_remembered(tmp_path: Path) -> None:
     """While torch is imported, and while the data is prepared, nothing can be saved yet."""
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(methods.config("resnet")))

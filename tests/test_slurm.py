@@ -150,19 +150,18 @@ def test_job_whose_node_fails(cluster: Cluster, whole: Experiment, tmp_path: Pat
 
 
 def test_two_nodes_warned(cluster: Cluster, tmp_path: Path) -> None:
-    find_unused = "--trainer.strategy=ddp_find_unused_parameters_true"
-    forked = Experiment(cluster, tmp_path / "forked")
-    forked.run_undisturbed(
-        "--trainer.devices=2", "--trainer.strategy=ddp_fork_find_unused_parameters_true"
-    )
-    experiment = Experiment(cluster, tmp_path / "experiment")
-    arguments = [*experiment.arguments(), find_unused, "--wandb.mode=disabled"]
-    job = cluster.submit(*arguments, options=("--nodes=2",))
-    experiment.wait_for_progress(job, 0)
-    assert cluster.show(job)["NumNodes"] == "2"
-    warn(cluster, job)
-    experiment.finish(job, restarts=1)
-    assert_same(forked, experiment)
+    """Twice the same job, warned or not."""
+    strategy = "--trainer.strategy=ddp_find_unused_parameters_true"
+    experiments = [Experiment(cluster, tmp_path / name) for name in ("undisturbed", "warned")]
+    for restarts, experiment in enumerate(experiments):
+        arguments = [*experiment.arguments(), strategy, "--wandb.mode=disabled"]
+        job = cluster.submit(*arguments, options=("--nodes=2",))
+        if restarts:
+            experiment.wait_for_progress(job, 0)
+            assert cluster.show(job)["NumNodes"] == "2"
+            warn(cluster, job)
+        experiment.finish(job, restarts)
+    assert_same(*experiments)
 
 
 def test_array_of_seeds(cluster: Cluster, tmp_path: Path) -> None:
