@@ -4,10 +4,10 @@
 
 1. CifarResNet-20, batch 128, one batch of random images, on the CPU. Three Trainers, each in its
    own thread, take a step in turn; the table shows medians. One keeps the books: RunCheckpoint,
-   AtomicCheckpointIO, CSVHistory (a row every 50 steps, the default), keyed seeding, EpochLoader. The others have
-   none of it: as far as they differ, the machine is too noisy. What a write of `last.ckpt` takes is
-   added by its share of a step, counting the writes of a CIFAR-10 epoch: one every `every_n_steps`,
-   and one each of `last.ckpt` and `best.ckpt` at its end.
+   AtomicCheckpointIO, CSVHistory (a row every 50 steps, the default), keyed seeding, EpochLoader.
+   The others have none of it: as far as they differ, the machine is too noisy. What a write of
+   `last.ckpt` takes is added by its share of a step, counting the writes of a CIFAR-10 epoch: one
+   every `every_n_steps`, and one each of `last.ckpt` and `best.ckpt` at its end.
 2. Bytes of `last.ckpt` against the states of weights, optimizer and scheduler alone.
 3. From the command to the first finished step, on the digits: started anew against gone on from a
    checkpoint within an epoch, in turn.
