@@ -158,13 +158,15 @@ class ExperimentCLI(LightningCLI):
     ) -> None:
         """Trains, or goes on training, then tests once."""
         preemption.listen()
+        # Lightning would install a handler of SIGTERM that talks to the other ranks, wherever they
+        # are at that moment.
+        self.trainer._signal_connector.register_signal_handlers = preemption.listen
         folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
         tracking = self.config_init.fit.wandb
         if trainer.fast_dev_run:
             tracking.mode = "disabled"
         folder.create()
         folder.lock()
-        folder.repair()
         self._dump_config()
         folder.check_config(self.config_dump)
         if folder.is_finished(trainer, test):
@@ -174,6 +176,7 @@ class ExperimentCLI(LightningCLI):
                 )
                 print_table(folder.path / RESULT)
             return
+        folder.repair()
         resume_from = folder.last_checkpoint or self.run_file(ckpt_path)
         if folder.last_checkpoint and ckpt_path:
             rank_zero_warn(
@@ -192,6 +195,8 @@ class ExperimentCLI(LightningCLI):
         if trainer.is_global_zero:
             print_table(folder.path / RESULT)
             print(folder.describe(trainer.loggers))
+        # Who has nothing to write waits here, as a scheduler may give the last process little time.
+        trainer.strategy.barrier()
 
     def validate(
         self,
@@ -267,6 +272,10 @@ def main(args: Sequence[str] | None = None) -> int:
         rank_zero_info("saved after a signal: repeat the command to go on")
         return warning.code
     except RuntimeError as error:
+        if preemption.received() and "DataLoader worker" in str(error):
+            # It got the signal in its first moments, when torch still decides what it means.
+            rank_zero_info("stopped by a signal: repeat the command to go on from last.ckpt")
+            return preemption.Preempted(preemption.received()).code
         if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
             raise
         print(

@@ -57,6 +57,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
         self.saved_step = 0
+        self.is_step_whole = True
 
     def path(self, trainer: Trainer, name: str) -> Path:
         return Path(trainer.default_root_dir, name)
@@ -110,39 +111,40 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not is_step or _hands_over(trainer, batch_idx):
+        is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self.is_step_whole = is_whole or trainer.is_last_batch
+        if not self.is_step_whole or _hands_over(trainer, batch_idx):
             return
         warning = agree_on_warning(trainer)
         due = warning or trainer.global_step % self.every_n_steps == 0
         if due and trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
-        if warning:
-            raise preemption.Preempted(warning)
-
-    def leave_if_warned(self, trainer: Trainer) -> None:
-        warning = agree_on_warning(trainer)
-        if warning:
-            raise preemption.Preempted(warning)
+        leave_if(warning, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            if self.improved(trainer):
+            # A metric that is not reduced differs between the ranks.
+            if trainer.strategy.broadcast(self.improved(trainer)):
                 self.save(trainer, BEST)
-            self.save(trainer, LAST)
-            self.leave_if_warned(trainer)
+            if self.is_step_whole:  # else there are gradients, which no checkpoint holds
+                self.save(trainer, LAST)
+                leave_if(agree_on_warning(trainer), trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
-            self.leave_if_warned(trainer)
+            leave_if(agree_on_warning(trainer), trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning's handler of SIGTERM talks to the other ranks, wherever they are.
-        preemption.listen()
+        step = trainer.global_step
+        if max_over_ranks(step, trainer) != -max_over_ranks(-step, trainer):
+            raise ValueError(
+                f"not all processes of this run see {self.path(trainer, LAST)}: pass a --run_dir "
+                "that all nodes share"
+            )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.leave_if_warned(trainer)
+        leave_if(agree_on_warning(trainer), trainer)
 
     def improved(self, trainer: Trainer) -> bool:
         if self.monitor not in trainer.callback_metrics:
@@ -204,13 +206,24 @@ def images_per_step(trainer: Trainer) -> int | None:
     return batch_size and batch_size * trainer.world_size
 
 
+def max_over_ranks(number: int, trainer: Trainer) -> int:
+    if trainer.world_size == 1:
+        return number
+    tensor = torch.tensor(number, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(tensor, reduce_op="max"))
+
+
 def agree_on_warning(trainer: Trainer) -> int:
     """Returns the same warning on all ranks, 0 if none of them has got one."""
-    warning = preemption.received()
-    if trainer.world_size > 1:
-        tensor = torch.tensor(float(warning), device=trainer.strategy.root_device)
-        warning = int(trainer.strategy.reduce(tensor, reduce_op="max"))
-    return warning
+    return max_over_ranks(preemption.received(), trainer)
+
+
+def leave_if(warning: int, trainer: Trainer) -> None:
+    """Raises Preempted if there is a warning, on which all ranks have agreed."""
+    if warning:
+        # Else Lightning would kill this process as soon as one that it has started is gone.
+        getattr(trainer.strategy.launcher, "procs", []).clear()
+        raise preemption.Preempted(warning)
 
 
 def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
@@ -223,7 +236,9 @@ def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
     by_epoch = trainer.check_val_every_n_epoch is not None
     batches = batch_idx + 1 if by_epoch else trainer.fit_loop.total_batch_idx + 1
     ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
-    return ends or (period is not None and batches % period == 0)
+    every = trainer.check_val_every_n_epoch or 1
+    validates = any(trainer.num_val_batches) and (trainer.current_epoch + 1) % every == 0
+    return ends or (validates and batches % period == 0)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

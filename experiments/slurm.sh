@@ -6,11 +6,12 @@
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --time=12:00:00 experiments/slurm.sh \
 #       -c ... -c experiments/machines/ddp.yaml                       eight processes
 #
-# A task is a process of the run. Whatever stops the job, the same job goes on in the same run folder: five
-# minutes before the time limit, and when it is preempted, SLURM warns, the run saves, ends with status 75, and
-# is requeued here; after a failure of its node or `scontrol requeue`, SLURM requeues it by itself.
-# The folder has to be one that all nodes see. Give --signal=SIGUSR1@SECONDS if a step and a checkpoint take
-# longer; a run that is stopped without a warning goes on from its last checkpoint.
+# A task is a process of the run. A job that is stopped goes on as the same job in the same run folder, which all
+# nodes have to see. Five minutes before the time limit, and when the job is preempted, SLURM warns; the run saves,
+# ends, and is requeued here. After a failure of its node or `scontrol requeue` SLURM requeues it by itself, and it
+# goes on from its last checkpoint.
+# A warning is obeyed after a step, or after the validation or test that is going on: give
+# --signal=SIGUSR1@SECONDS if that takes longer. The time limit itself ends a job for good.
 #
 #SBATCH --job-name=dynamic-networks
 #SBATCH --nodes=1
@@ -29,13 +30,21 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
 fi
 
 # In a step of srun, or the signal would not reach it. Tasks end together, so that the first to end is no
-# reason to kill the others; but who lost one of them has a minute.
-srun --kill-on-bad-exit=0 --wait=60 python "$SLURM_SUBMIT_DIR/main.py" fit "$@" \
-    --trainer.num_nodes="$SLURM_NNODES" --trainer.devices="$SLURM_NTASKS_PER_NODE"
+# reason to kill the others; but who lost one of them has ten minutes.
+srun --kill-on-bad-exit=0 --wait=600 python "$SLURM_SUBMIT_DIR/main.py" fit "$@" \
+    --trainer.num_nodes="$SLURM_NNODES" \
+    --trainer.devices="${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node, not --ntasks}"
 status=$?
 
-if [ $status = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt $max_restarts ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60  # until the requeue ends this script
-fi
+# 75: warned and saved; 143: the same by SIGTERM, while `scancel` would have ended this script, too;
+# 138: warned by SIGUSR1 before Python listened.
+case $status in
+75 | 138 | 143)
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt $max_restarts ]; then
+        # A task of an array by both its numbers: the first alone may mean the whole array.
+        scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+        sleep 60  # until the requeue ends this script
+    fi
+    ;;
+esac
 exit $status

@@ -283,7 +283,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_same_network(checkpoint["state_dict"])
-        ranks = checkpoint["train_metrics"]
+        ranks = checkpoint.get("train_metrics", [{}])
         if len(ranks) == self.trainer.world_size:
             sums = ranks[self.global_rank]
         elif self.global_rank == 0:

@@ -178,6 +178,10 @@ class Cluster:
         self.wait_until(lambda: self.show(job)["JobState"] in over, f"the end of job {job}", 600)
         return self.show(job)
 
+    def output(self, job: int) -> str:
+        (path,) = self.folder.glob(f"job-{job}_*.out")
+        return path.read_text()
+
     def logs(self) -> str:
         paths = sorted([*self.folder.glob("*.out"), *self.folder.glob("*.log")])
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)

@@ -1,5 +1,6 @@
 """A run killed anywhere and started again by the same command ends as if nothing had happened."""
 
+import contextlib
 import csv
 import os
 import resource
@@ -20,6 +21,8 @@ import yaml
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
+
+import preemption
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -113,6 +116,7 @@ def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
         {"limit_val_batches": 0, "val_check_interval": 1.0},
         {"check_val_every_n_epoch": 2},
         {"accumulate_grad_batches": 2},
+        {"accumulate_grad_batches": 2, "val_check_interval": 3},
         {"max_steps": 10, "max_epochs": -1},
     ],
     ids=lambda changes: "-".join(changes),
@@ -128,13 +132,13 @@ def test_killed_under_other_trainer_settings(changes: dict[str, Any], tmp_path: 
     assert_same_run(whole, broken)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
-    images, chance = tmp_path / "images", np.random.default_rng(0)
+def image_folder_config(folder: Path, num_workers: int) -> dict[str, Any]:
+    """Writes 32 images, and returns an experiment of 6 batches that decodes them as it goes."""
+    chance = np.random.default_rng(0)
     for number in range(32):
         split = "train" if number % 4 else "val"
         name = "cat" if number < 16 else "dog"
-        path = images / split / name / f"{number}.png"
+        path = folder / split / name / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = chance.integers(0, 256, (30 + number, 60 - number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
@@ -143,7 +147,7 @@ def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
     config["data"] = {
         "class_path": "datamodules.ImageFolderDataModule",
         "init_args": {
-            "data_dir": str(images),
+            "data_dir": str(folder),
             "image_size": 16,
             "batch_size": 4,
             "num_workers": num_workers,
@@ -151,10 +155,42 @@ def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
     }
     config["checkpoint"]["every_n_steps"] = 4
     config["trainer"] |= {"max_epochs": 2, "limit_train_batches": 1.0}
+    return config
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
+    config = image_folder_config(tmp_path / "images", num_workers)
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
     assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 3
     assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+def test_warning_that_reaches_the_loader_workers(number: int, status: int, tmp_path: Path) -> None:
+    """As SLURM sends it: to every process."""
+    config = image_folder_config(tmp_path / "images", num_workers=2)
+    config["trainer"]["max_epochs"] = 1000
+    config["data"]["init_args"]["batch_size"] = 1
+    folder = write(tmp_path / "folder", config)
+    process = launch.start(COMMAND, folder)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    history = folder / "run/metrics.csv"
+    before: list[str] = []
+    # In its first moments a worker ends at once, and the run with it.
+    while len(before) < 2 or before != children.read_text().split() or not history.exists():
+        assert process.is_alive(), (folder / "output.txt").read_text()
+        before = children.read_text().split()
+        time.sleep(0.1)
+    start = time.monotonic()
+    for pid in [*children.read_text().split(), process.pid]:
+        with contextlib.suppress(ProcessLookupError):  # a worker whose epoch is over
+            os.kill(int(pid), number)
+    process.join()
+    assert process.exitcode == status, (folder / "output.txt").read_text()
+    assert time.monotonic() - start < preemption.PATIENCE, "waited for a worker"
+    assert torch.load(folder / "run/last.ckpt", weights_only=True)["global_step"] > 0
 
 
 class DropoutNet(nn.Module):
@@ -302,8 +338,13 @@ def test_warning_before_training_is_remembered(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(launch.ROOT / "main.py"), *COMMAND], cwd=tmp_path, env=environment
     )
-    time.sleep(2.0)
-    assert not (tmp_path / "run").exists(), "this machine imports torch in two seconds"
+    status_file = Path(f"/proc/{process.pid}/status")
+    while True:
+        (caught,) = (line for line in status_file.read_text().splitlines() if "SigCgt" in line)
+        if int(caught.split()[1], 16) >> signal.SIGUSR1 - 1 & 1:
+            break
+        time.sleep(0.001)
+    assert not (tmp_path / "run").exists()
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=300) == 75
     assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 1

@@ -133,6 +133,7 @@ def test_job_requeued_by_an_administrator(
     experiment.wait_for_progress(job, 0)
     cluster.ask("scontrol", "requeue", str(job))
     experiment.finish(job, restarts=1)
+    assert "saved after a signal" in cluster.output(job)
     assert_same(whole, experiment)
 
 
@@ -172,11 +173,12 @@ def test_array_of_seeds(cluster: Cluster, tmp_path: Path) -> None:
         options=("--array=0-2", f"--chdir={experiment.folder}"),
     )
     runs = experiment.folder / "runs/stochastic_depth/experiment"
-    experiment.run = runs / "seed1"
-    experiment.wait_for_progress(f"{array}_1", 0)
-    warn(cluster, f"{array}_1")
+    # The last task is the one whose job has the number of the array.
+    experiment.run = runs / "seed2"
+    experiment.wait_for_progress(f"{array}_2", 0)
+    warn(cluster, f"{array}_2")
     for seed in range(3):
-        experiment.finish(f"{array}_{seed}", restarts=int(seed == 1))
+        experiment.finish(f"{array}_{seed}", restarts=int(seed == 2))
         undisturbed = Experiment(cluster, tmp_path / f"seed{seed}")
         undisturbed.run_undisturbed(f"--seed_everything={seed}")
         job = tmp_path / f"job{seed}"
