@@ -184,7 +184,10 @@ def test_what_happens_to_one_rank_happens_to_both(victim: str, number: int, tmp_
         assert not errors
         assert "saved after a signal" in output.read_text()
     else:
-        assert status == (1 if victim == "second" else -signal.SIGKILL)
+        # Lightning looks for dead children every five seconds, and kills whoever is still there.
+        assert status in (1, -signal.SIGKILL)
+        if status == -signal.SIGKILL and victim == "second":
+            return
         assert len(errors) == 1
         assert errors[0].startswith("error: another process of this run has ended")
 

@@ -109,6 +109,7 @@ def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
