@@ -8,16 +8,17 @@ A run lives in `runs/<method>/<yaml stem>/seed<k>` (or `--run_dir`). Repeating t
 killed run goes on from its newest checkpoint; a finished run says so.
 """
 
+import sys
+
 import preemption
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["fit"]:
     preemption.listen()  # the imports below take seconds, in which a warning would end the process
 
 import logging
 import os
 import re
 import signal
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -234,11 +235,6 @@ class ExperimentCLI(LightningCLI):
         path = self.run_file(ckpt_path) or self.checkpoint.selected(self.trainer)
         self.run_folder.create()
         return path
-
-    def before_validate(self) -> None:
-        preemption.stop_listening()
-
-    before_test = before_predict = before_validate
 
     def run_file(self, ckpt_path: str | None) -> Path | None:
         """Returns the path of a checkpoint; "last" and "best" are those of the run folder."""

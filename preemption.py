@@ -6,6 +6,7 @@ middle of a step, and waits for ranks that are elsewhere. So the handler only re
 `Preempted`. This module imports nothing heavy: it has to be there while torch is imported.
 """
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -13,14 +14,12 @@ from types import FrameType
 AGAIN = 75
 """Exit status (EX_TEMPFAIL) of a run that a repeated command goes on with; see slurm.sh."""
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-PATIENCE = 30
-"""Seconds for which a loader worker goes on after SIGTERM, so that its trainer can save."""
 
 _received = 0
 
 
 class Preempted(SystemExit):
-    """Raised at the good moment. After SIGTERM, whose sender has other plans, not with `AGAIN`."""
+    """Raised at the good moment, with `AGAIN`; after SIGTERM with the status that it has always."""
 
     def __init__(self, warning: int):
         super().__init__(128 + warning if warning == signal.SIGTERM else AGAIN)
@@ -28,12 +27,9 @@ class Preempted(SystemExit):
 
 def listen() -> None:
     """Remembers warnings from now on; again, if somebody else has installed handlers since."""
-    _install(_remember)
-
-
-def stop_listening() -> None:
-    """Lets warnings end the process, for commands that have nothing to save."""
-    _install(signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        for warning in WARNINGS:
+            signal.signal(warning, _remember)
 
 
 def received() -> int:
@@ -42,19 +38,15 @@ def received() -> int:
 
 
 def outlive_warnings() -> None:
-    """For a loader worker, which gets the same signals: its trainer needs it to reach the end.
+    """For a loader worker, which gets the same signals: its trainer needs it until it has saved.
 
-    It must not ignore SIGTERM, by which Python ends the children that are left.
+    Only a SIGTERM of its trainer ends it: so Python ends the children that are left.
     """
-    for warning in WARNINGS:
-        signal.signal(warning, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_soon)
-
-
-def _install(handler) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for warning in WARNINGS:
-            signal.signal(warning, handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_wait_for_the_trainer, daemon=True).start()
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
@@ -62,6 +54,7 @@ def _remember(number: int, frame: FrameType | None) -> None:
     _received = _received or number
 
 
-def _end_soon(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.alarm(PATIENCE)
+def _wait_for_the_trainer() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

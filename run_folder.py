@@ -5,6 +5,7 @@ What it holds:
     config.yaml            what is trained; a changed YAML is refused
     attempts.yaml          one entry per start: time, command, commit, versions, hardware
     {last,best}.ckpt       see `callbacks.RunCheckpoint`, as is previous.ckpt
+    damaged.ckpt           a last.ckpt that could not be read; the run went on from the one before
     metrics.csv            see `callbacks.CSVHistory`
     wandb_id wandb/        the W&B run that every attempt continues
     operating_points.csv   the result; `test` writes operating_points_again.csv

@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from benchmarks.timing import best_device, describe_machine, median_seconds
+from benchmarks.timing import (
+    add_memory_format,
+    best_device,
+    describe_machine,
+    median_seconds,
+    parse_options,
+)
 from chance import generator
 from networks import CifarResNet
 
@@ -95,20 +101,13 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--contiguous",
-        action="store_true",
-        help="torch's default memory format instead of channels_last, in which our modules train",
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    add_memory_format(parser)
+    options = parse_options(parser)
     device = best_device()
 
     torch.manual_seed(0)
     base = CifarResNet(options.depth, shortcut="A-average")
-    memory_format = torch.contiguous_format if options.contiguous else torch.channels_last
-    base.to(device, memory_format=memory_format)
+    base.to(device, memory_format=options.memory_format)
     images = torch.randn(options.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (options.batch_size,), device=device)
     depths = torch.arange(1, base.num_blocks + 1) / base.num_blocks

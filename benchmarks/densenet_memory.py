@@ -16,7 +16,7 @@ Contenders take turns and the table shows medians. Random images; a GPU is used 
 
 import argparse
 import copy
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.timing import best_device, describe_machine, median_seconds
+from benchmarks.timing import (
+    add_memory_format,
+    best_device,
+    describe_machine,
+    median_seconds,
+    parse_options,
+    training_step,
+)
 from networks import CifarDenseNet, DenseNet
 
 CLAIM_BYTES = 0.35
@@ -60,28 +67,17 @@ class StorageWatch(TorchDispatchMode):
 
 def kept_bytes(network: nn.Module, images: Tensor) -> int:
     """Returns how many bytes a forward pass and its loss leave behind for backward."""
-    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    excluded = [images, labels, *network.parameters(), *network.buffers()]
+    excluded = [images, *network.parameters(), *network.buffers()]
     with StorageWatch() as watch:
-        loss = F.cross_entropy(network(images), labels)
+        loss = loss_of(network, images)
     num_bytes = watch.live_bytes(excluded)
     del loss  # until here it kept the graph
     return num_bytes
 
 
-def training_step(network: nn.Module, images: Tensor) -> Callable[[int], None]:
-    """Returns a function that takes one step of SGD on the same batch, whatever its argument."""
+def loss_of(network: nn.Module, images: Tensor) -> Tensor:
     labels = torch.arange(len(images), device=images.device) % 10
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
-
-    def step(_: int) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-
-    return step
+    return F.cross_entropy(network(images), labels)
 
 
 def compare(
@@ -97,7 +93,10 @@ def compare(
         if images.is_contiguous(memory_format=torch.channels_last):
             network.to(memory_format=torch.channels_last)
     num_bytes = {name: kept_bytes(network, images) for name, network in networks.items()}
-    steps = {name: training_step(network, images) for name, network in networks.items()}
+    steps = {
+        name: training_step(network, partial(loss_of, network, images))
+        for name, network in networks.items()
+    }
     seconds = median_seconds(steps, num_rounds, images.device, num_warmup_rounds=1)
 
     print(f"\nimages {tuple(images.shape)}, {num_rounds} rounds")
@@ -138,20 +137,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="of DenseNet-BC-100")
     parser.add_argument("--batch-size-121", type=int, default=8, help="of DenseNet-121")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--contiguous",
-        action="store_true",
-        help="torch's default memory format instead of channels_last, in which our modules train",
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    add_memory_format(parser)
+    options = parse_options(parser)
     device = best_device()
-    memory_format = torch.contiguous_format if options.contiguous else torch.channels_last
 
     def make_images(num_images: int, size: int) -> Tensor:
         images = torch.randn(num_images, 3, size, size, device=device)
-        return images.contiguous(memory_format=memory_format)
+        return images.contiguous(memory_format=options.memory_format)
 
     torch.manual_seed(0)
     print(describe_machine(device))

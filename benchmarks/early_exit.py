@@ -30,7 +30,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import best_device, describe_machine, median_seconds
+from benchmarks.timing import (
+    add_memory_format,
+    best_device,
+    describe_machine,
+    median_seconds,
+    parse_options,
+)
 from networks import (
     BranchyAlexNet,
     BranchyLeNet,
@@ -94,7 +100,7 @@ def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace)
     """Prints the line of a network and a batch size."""
     device = best_device()
     torch.manual_seed(0)
-    memory_format = torch.contiguous_format if options.contiguous else torch.channels_last
+    memory_format = options.memory_format
     network = case.build().to(device, memory_format=memory_format)
     num_images = case.pool_size if batch_size == 1 else batch_size
     images = torch.randn(num_images, *case.image_shape).to(device, memory_format=memory_format)
@@ -152,10 +158,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(SPEED_CLAIMS))
     parser.add_argument("--rounds", type=int, help="of every network; by default fewer of larger")
-    parser.add_argument("--contiguous", action="store_true", help="instead of channels_last")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    add_memory_format(parser)
+    options = parse_options(parser)
 
     print(describe_machine(best_device()))
     print(f"{'':<42}{'ms/image':>7}{'speed-up':>10}{'by MACs':>9}{'':>7}{'by times':>10}{'':>7}")

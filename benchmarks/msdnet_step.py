@@ -10,13 +10,19 @@ images; contenders take turns, the table shows medians; a GPU is used if there i
 """
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import best_device, describe_machine, median_seconds
+from benchmarks.timing import (
+    best_device,
+    describe_machine,
+    median_seconds,
+    parse_options,
+    training_step,
+)
 from networks import MSDNet
 
 CLAIM = 1.0
@@ -98,17 +104,8 @@ class PlainMSDNet(nn.Module):
         return logits
 
 
-def training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[int], None]:
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
-
-    def step(_: int) -> None:
-        optimizer.zero_grad()
-        sum(F.cross_entropy(logits, labels) for logits in network(images)).backward()
-        optimizer.step()
-
-    return step
+def total_loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return sum(F.cross_entropy(logits, labels) for logits in network(images))
 
 
 def make_contenders(images: Tensor, memory_format: torch.memory_format) -> dict[str, nn.Module]:
@@ -135,9 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse_options(parser)
     device = best_device()
 
     torch.manual_seed(0)
@@ -150,7 +145,7 @@ def main() -> None:
         images = torch.randn(options.batch_size, 3, 32, 32, device=device)
         images = images.to(memory_format=memory_format)
         steps = {
-            contender: training_step(network, images, labels)
+            contender: training_step(network, partial(total_loss, network, images, labels))
             for contender, network in make_contenders(images, memory_format).items()
         }
         seconds = median_seconds(steps, options.rounds, device, num_warmup_rounds=2)

@@ -32,7 +32,7 @@ from pytorch_lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
-from benchmarks.timing import describe_machine, median_seconds
+from benchmarks.timing import describe_machine, median_seconds, parse_options
 from callbacks import AtomicCheckpointIO, CSVHistory, RunCheckpoint
 from callbacks.checkpointing import LAST
 from datamodules.base import EpochLoader
@@ -215,9 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse_options(parser)
     print(describe_machine(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
         compare_steps(options.steps, Path(folder))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
-from benchmarks.timing import best_device, describe_machine, median_seconds
+from benchmarks.timing import best_device, describe_machine, median_seconds, parse_options
 from networks import SlimmableMobileNetV2
 
 WIDTHS = (1.0, 0.35, 0.5, 0.75)
@@ -66,9 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse_options(parser)
     device = best_device()
 
     torch.manual_seed(0)

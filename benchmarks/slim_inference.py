@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torchvision.models import mobilenet_v2
 
-from benchmarks.timing import best_device, describe_machine, median_seconds
+from benchmarks.timing import best_device, describe_machine, median_seconds, parse_options
 from networks import SlimmableMobileNetV2, extract, recalibrate
 
 WIDTHS = (1.0, 0.75, 0.5, 0.35)
@@ -26,9 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse_options(parser)
     device = best_device()
 
     torch.manual_seed(0)

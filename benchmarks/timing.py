@@ -1,5 +1,6 @@
 """Side-by-side timing: contenders take turns, so that a busy machine slows all of them alike."""
 
+import argparse
 import os
 import platform
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
+from torch import Tensor, nn
 
 from networks import wait_for
 
@@ -14,6 +16,40 @@ from networks import wait_for
 def best_device() -> torch.device:
     """Returns the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line, which may say the number of threads, and sets it."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def add_memory_format(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--contiguous``, which decides `memory_format` among the options."""
+    parser.add_argument(
+        "--contiguous",
+        dest="memory_format",
+        action="store_const",
+        const=torch.contiguous_format,
+        default=torch.channels_last,
+        help="torch's default memory format instead of channels_last, in which our modules train",
+    )
+
+
+def training_step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[int], None]:
+    """Returns a function that takes one step of SGD on a loss, whatever its argument."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
+
+    def step(_: int) -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
 
 
 def describe_machine(device: torch.device) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 
-from benchmarks.timing import best_device, describe_machine
+from benchmarks.timing import best_device, describe_machine, parse_options
 from lightning_modules import LitResNet
 from lightning_modules.base import sgd
 from networks import CifarResNet, wait_for
@@ -63,9 +63,7 @@ class SameBatch(LightningDataModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse_options(parser)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     device = best_device()
 

@@ -207,6 +207,7 @@ def images_per_step(trainer: Trainer) -> int | None:
 
 
 def max_over_ranks(number: int, trainer: Trainer) -> int:
+    """Returns the largest number that any rank has passed; all of them have to call it."""
     if trainer.world_size == 1:
         return number
     tensor = torch.tensor(number, device=trainer.strategy.root_device)

@@ -137,11 +137,6 @@ class LitMSDNet(MultiExitClassifier):
             costs[name] = Cost(macs, costs[name].params)
         return costs
 
-    def finish_evaluation(self, split: str) -> dict[str, Tensor]:
-        if self.budget_macs is not None:
-            check_budget(self.budget_macs, self.exit_costs.leaving)
-        return super().finish_evaluation(split)
-
     def on_fit_start(self) -> None:
         if self.budget_macs is None and self.budget_ms is None:
             return

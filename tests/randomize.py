@@ -4,13 +4,12 @@ from torch import nn
 
 
 def randomize(network: nn.Module) -> nn.Module:
-    """Draws the numbers of each BN and the biases, and returns the network in training mode."""
+    """Draws the numbers of each BN and the biases; returns the network in float64, training."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.bias)
-    return network.train()
+        if getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias, std=0.2)
+    return network.double().train()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from randomize import randomize
 from torch import Tensor, nn
 
 from networks import (
@@ -260,18 +261,6 @@ def written_resnet(network: nn.Module, images: Tensor, taps: str) -> list[Tensor
     exit1 = linear(branch1[3], y)
     y, _ = written_block(branch2[:4], tap2, 1)
     return [exit1, linear(branch2[4], y), exit3]
-
-
-def randomize(network: nn.Module) -> nn.Module:
-    """Draws all that starts as 0 or 1, and returns the network in float64."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if getattr(module, "bias", None) is not None:
-            nn.init.normal_(module.bias, std=0.2)
-    return network.double()
 
 
 WRITTEN = [  # build, image size, taps, training

@@ -164,6 +164,23 @@ def test_best_is_the_best(mode: str, better: float, worse: float) -> None:
     assert seen == [True, True, False, True, False]
 
 
+@pytest.mark.parametrize(("own", "other"), [(0, 5), (5, 0), (5, 5)])
+def test_every_process_must_see_the_checkpoint(own: int, other: int, tmp_path: Path) -> None:
+    """One on a node without it would start anew, beside one that goes on."""
+    strategy = SimpleNamespace(
+        root_device="cpu", reduce=lambda number, reduce_op: number.clamp(min=theirs.pop())
+    )
+    theirs = [-other, other]  # what the other process passes, the latest first
+    trainer = SimpleNamespace(
+        world_size=2, global_step=own, default_root_dir=tmp_path, strategy=strategy
+    )
+    if own == other:
+        RunCheckpoint().on_train_start(trainer, None)
+    else:
+        with pytest.raises(ValueError, match=r"not all processes of this run see .*--run_dir"):
+            RunCheckpoint().on_train_start(trainer, None)
+
+
 class Harmful:
     def __reduce__(self) -> tuple:
         return print, ("executed",)

@@ -3,6 +3,7 @@
 import ast
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,13 +11,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import launch
 import methods
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.distributed import DistError
 
+import main
+import preemption
 from networks import CifarResNet
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
@@ -216,7 +222,7 @@ BAD_DENSE = {
     "depth": ("densenet", {NET + "depth": 41}, "depth 41 is not 3n+4: choose one such as 40, 100"),
     "depth with bottlenecks": (
         "densenet",
-        {NET + "depth": 40 + 3, NET + "bottleneck": True},
+        {NET + "depth": 43, NET + "bottleneck": True},
         "depth 43 is not 6n+4: choose one such as 100, 190, 250",
     ),
     "compression": ("densenet", {NET + "compression": 0.0}, "compression 0.0 is not in (0, 1]"),
@@ -426,6 +432,49 @@ def test_best_is_kept_also_where_the_last_is_selected(tmp_path: Path) -> None:
     assert "run/last.ckpt" in (tmp_path / "output.txt").read_text()
 
 
+def test_single_callback_needs_no_list(tmp_path: Path) -> None:
+    callback = {"class_path": "callbacks.SurvivalProbabilityLogger"}
+    experiment(tmp_path, trainer__callbacks=callback, trainer__limit_train_batches=1)
+    status, output = launch.run(COMMAND, tmp_path)
+    assert status == 0, output
+    assert (tmp_path / "run/survival.csv").exists()
+
+
+DEAD_WORKER = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+DEAD_RANK = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("error", "warning", "status", "line"),
+    [
+        (DEAD_WORKER, signal.SIGUSR1, 75, ""),
+        (DEAD_WORKER, signal.SIGTERM, 143, ""),
+        (DEAD_RANK, 0, 1, "error: another process of this run has ended, so this one does"),
+        (DistError("timeout"), 0, 1, "error: another process of this run has ended"),
+        (SIGTERMException(), 0, 143, ""),
+    ],
+)
+def test_exit_status_of_what_others_did(
+    error: Exception,
+    warning: int,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(main, "ExperimentCLI", Mock(side_effect=error))
+    monkeypatch.setattr(preemption, "_received", warning)
+    assert main.main([]) == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize("error", [DEAD_WORKER, RuntimeError("a bug")])
+def test_unknown_error_shows_where(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "ExperimentCLI", Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match=re.escape(str(error))):
+        main.main([])
+
+
 def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:
     experiment(tmp_path)
     status, output = launch.run([*COMMAND, "--trainer.fast_dev_run=true"], tmp_path)
@@ -538,8 +587,13 @@ def test_foreign_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
 
 def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     experiment(tmp_path, trainer__max_epochs=2)
-    # Nobody is logged in at that home.
-    environment = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path)}
+    # Nobody is logged in at that home, and the id is not of a sweep.
+    environment = {
+        "WANDB_MODE": None,
+        "WANDB_API_KEY": None,
+        "HOME": str(tmp_path),
+        "WANDB_RUN_ID": "stray",
+    }
     last = tmp_path / "run/last.ckpt"
     command = [*COMMAND, "--wandb.mode=offline", "--wandb.project=p", "--wandb.tags=[a]"]
     assert launch.kill_when(last.exists, command, tmp_path, environment)
@@ -547,6 +601,7 @@ def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     assert status == 0, output
     assert "wandb sync run/wandb/offline-run-*" in output
     identity = (tmp_path / "run/wandb_id").read_text()
+    assert identity != "stray"
     attempts = list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert len(attempts) == 2
     assert all(attempt.name.endswith(identity) for attempt in attempts)

@@ -38,7 +38,7 @@ def network(request) -> nn.Module:
 
 def make_network(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomize(KINDS[kind]().double())
+    return randomize(KINDS[kind]())
 
 
 def memory_efficient(network: nn.Module) -> nn.Module:
@@ -225,7 +225,7 @@ def test_initialization():
 
 def test_torchvision_has_the_same_outputs_and_gradients():
     torch.manual_seed(0)
-    theirs = randomize(torchvision.models.densenet121(num_classes=10).double())
+    theirs = randomize(torchvision.models.densenet121(num_classes=10))
     ours = DenseNet(121, num_classes=10).double()
     ours.load_state_dict(theirs.state_dict())
     images = make_images(ours)

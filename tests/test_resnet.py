@@ -36,7 +36,7 @@ BATCH_SIZE = 6
 def network(request) -> ResidualNetwork:
     """A float64 network of each kind in training mode; nothing hides a mistake by being 0 or 1."""
     torch.manual_seed(0)
-    return randomize(KINDS[request.param]().double())
+    return randomize(KINDS[request.param]())
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_cifar_resnet_is_the_written_out_reference(shortcut, preactivation, trai
     network = CifarResNet(
         14, shortcut=shortcut or "A", plain=shortcut is None, preactivation=preactivation
     )
-    randomize(network.double()).train(train)
+    randomize(network).train(train)
     images, state = make_images(16), dict(network.named_parameters())
     expected = reference_cifar(
         {**network.state_dict(), **state}, images, train, shortcut, preactivation
@@ -183,7 +183,7 @@ def test_cifar_resnet_is_the_written_out_reference(shortcut, preactivation, trai
 def test_imagenet_resnet_is_torchvisions(depth, train):
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(f"resnet{depth}")
-    randomize(theirs.double()).train(train)
+    randomize(theirs).train(train)
     ours = ResNet(depth).double().train(train)
     ours.load_state_dict(theirs.state_dict())
 
@@ -197,7 +197,7 @@ def test_imagenet_resnet_is_torchvisions(depth, train):
 def test_gates_per_sample_are_timms_drop_path():
     """timm's estimator is ours with gates mask / p. BN evaluates: timm's sees the dropped too."""
     torch.manual_seed(0)
-    theirs = randomize(timm.create_model("resnet18", drop_path_rate=0.5).double()).eval()
+    theirs = randomize(timm.create_model("resnet18", drop_path_rate=0.5)).eval()
     ours = ResNet(18).double().eval()
     ours.load_state_dict(theirs.state_dict())
     gates = torch.ones(ours.num_blocks, BATCH_SIZE)
@@ -220,7 +220,7 @@ def test_gates_per_sample_are_timms_drop_path():
 
 def test_preactivation_bottleneck_is_timms():
     torch.manual_seed(0)
-    ours = randomize(KINDS["preact-bottleneck-B"]().double())
+    ours = randomize(KINDS["preact-bottleneck-B"]())
     x = torch.randn(BATCH_SIZE, 64, 8, 8, dtype=torch.float64)
     for block, in_channels, stride in zip(ours.layer2, (64, 128), (2, 1), strict=True):
         has_projection = block.downsample is not None

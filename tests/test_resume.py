@@ -1,6 +1,5 @@
 """A run killed anywhere and started again by the same command ends as if nothing had happened."""
 
-import contextlib
 import csv
 import os
 import resource
@@ -21,8 +20,6 @@ import yaml
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
-
-import preemption
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -168,30 +165,60 @@ def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
-def test_warning_that_reaches_the_loader_workers(number: int, status: int, tmp_path: Path) -> None:
-    """As SLURM sends it: to every process."""
+class WarnAll(Callback):
+    """Sends a warning to this process and its loader workers, as SLURM does, in the fourth batch.
+
+    By then each worker has sent a batch. In its first moments it would end at once.
+    """
+
+    def __init__(self, number: int, while_validating: bool):
+        self.number = number
+        self.while_validating = while_validating
+
+    def warn(self) -> None:
+        own = os.getpid()
+        workers = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+        assert len(workers) >= 2
+        # By a process of its own: a worker obeys a SIGTERM of its trainer.
+        subprocess.run(["kill", f"-{self.number}", *workers, str(own)], check=True)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.while_validating and batch_idx == 3:
+            self.warn()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.while_validating and batch_idx == 3:
+            self.warn()
+
+
+@pytest.mark.parametrize("while_validating", [False, True], ids=["training", "validating"])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)], ids=["USR1", "TERM"]
+)
+def test_warning_that_reaches_the_loader_workers(
+    number: int, status: int, while_validating: bool, tmp_path: Path
+) -> None:
     config = image_folder_config(tmp_path / "images", num_workers=2)
-    config["trainer"]["max_epochs"] = 1000
-    config["data"]["init_args"]["batch_size"] = 1
+    config["data"]["init_args"]["eval_batch_size"] = 1
+    arguments = {"number": int(number), "while_validating": while_validating}
+    warn_all = {"class_path": "test_resume.WarnAll", "init_args": arguments}
+    config["trainer"]["callbacks"] = [warn_all]
     folder = write(tmp_path / "folder", config)
-    process = launch.start(COMMAND, folder)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    history = folder / "run/metrics.csv"
-    before: list[str] = []
-    # In its first moments a worker ends at once, and the run with it.
-    while len(before) < 2 or before != children.read_text().split() or not history.exists():
-        assert process.is_alive(), (folder / "output.txt").read_text()
-        before = children.read_text().split()
-        time.sleep(0.1)
-    start = time.monotonic()
-    for pid in [*children.read_text().split(), process.pid]:
-        with contextlib.suppress(ProcessLookupError):  # a worker whose epoch is over
-            os.kill(int(pid), number)
-    process.join()
-    assert process.exitcode == status, (folder / "output.txt").read_text()
-    assert time.monotonic() - start < preemption.PATIENCE, "waited for a worker"
-    assert torch.load(folder / "run/last.ckpt", weights_only=True)["global_step"] > 0
+    found, output = launch.run(COMMAND, folder)
+    assert found == status, output
+    assert "saved after a signal" in output
+    assert "Traceback" not in output
+    num_steps = torch.load(folder / "run/last.ckpt", weights_only=True)["global_step"]
+    assert num_steps == (6 if while_validating else 4)
 
 
 class DropoutNet(nn.Module):
@@ -353,9 +380,8 @@ def test_warning_before_training_is_remembered(tmp_path: Path) -> None:
 
 def test_wrong_number_of_slurm_tasks_is_refused(tmp_path: Path) -> None:
     """Each of two tasks that believe to be alone would write the same files."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1"}
     folder = write(tmp_path / "folder", methods.config("resnet"))
-    environment = launch.QUIET | slurm | {"SLURM_NTASKS_PER_NODE": "2"}
+    environment = launch.QUIET | SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     status, output = launch.run(COMMAND, folder, environment)
     assert status == 2
     assert "SLURM started 2 tasks for 1 processes" in output
