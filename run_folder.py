@@ -37,7 +37,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from callbacks import CSVHistory
+from callbacks import CSVHistory, FaultTolerantWandbLogger
 from callbacks.checkpointing import LAST, PREVIOUS
 
 # Of a YAML's trainer and data sections, only this part decides the result; the rest says how long,
@@ -244,7 +244,8 @@ class RunFolder:
         mode = tracking.resolve_mode()
         if mode == "disabled":
             return [history]
-        return [history, WandbLogger(experiment=self._open_wandb(tracking, mode, config))]
+        run = self._open_wandb(tracking, mode, config)
+        return [history, FaultTolerantWandbLogger(experiment=run)]
 
     @rank_zero_only
     def _open_wandb(self, tracking: Tracking, mode: str, config: dict[str, Any]) -> Any:

@@ -1,8 +1,13 @@
-"""Side-by-side timing: contenders take turns, so that a busy machine slows all of them alike."""
+"""Side-by-side timing: contenders take turns, so that a busy machine slows all of them alike.
+
+Each round has an order of its own: who runs behind whom decides what is in the caches, and which
+memory has been given back.
+"""
 
 import argparse
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -75,7 +80,7 @@ def median_seconds(
     device: torch.device,
     num_warmup_rounds: int,
 ) -> dict[str, float]:
-    """Times every contender once per round, in turn.
+    """Times every contender once per round, in an order that the number of the round decides.
 
     Args:
         contenders: functions of the number of the round; warm-up rounds have negative numbers.
@@ -88,10 +93,10 @@ def median_seconds(
     """
     seconds = {name: [] for name in contenders}
     for number in range(-num_warmup_rounds, num_rounds):
-        for name, function in contenders.items():
+        for name in random.Random(number).sample(list(contenders), len(contenders)):
             wait_for(device)
             start = time.perf_counter()
-            function(number)
+            contenders[name](number)
             wait_for(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)

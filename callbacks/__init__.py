@@ -10,12 +10,14 @@ from callbacks.predictions import PredictionWriter
 from callbacks.recalibration_sweep import RecalibrationSweep
 from callbacks.survival_probability import SurvivalProbabilityLogger
 from callbacks.throughput import ThroughputMonitor
+from callbacks.wandb_logger import FaultTolerantWandbLogger
 
 __all__ = [
     "AtomicCheckpointIO",
     "BNRecalibration",
     "CSVHistory",
     "ExitStatistics",
+    "FaultTolerantWandbLogger",
     "GradientMagnitudeLogger",
     "OperatingPoints",
     "PredictionWriter",

@@ -242,4 +242,4 @@ def log_to_wandb(
     }
     for name, counts in zip(module.exit_names, list(zip(*histogram, strict=True))[2:], strict=True):
         panels[f"exits/entropy_histogram_{name}"] = wandb.Histogram(np_histogram=(counts, edges))
-    logger.experiment.log(panels)
+    logger.log_metrics(panels)

@@ -72,7 +72,7 @@ def log_to_wandb(logger: WandbLogger, rows: Sequence[tuple]) -> None:
         panels["acc_against_macs"] = wandb.plot.line(
             table, "macs", "test_acc", title="accuracy against MACs"
         )
-    logger.experiment.log(panels)
+    logger.log_metrics(panels)
 
 
 def time_points(

@@ -80,7 +80,7 @@ class SurvivalProbabilityLogger(Callback):
                     title="survival of each block",
                     xname="block",
                 )
-                logger.experiment.log({"stochastic_depth/survival": lines})
+                logger.log_metrics({"stochastic_depth/survival": lines})
 
     def state_dict(self) -> dict[str, Any]:
         # Not vars(self): Lightning hangs methods of the module on every callback.

@@ -44,6 +44,8 @@ SwitchType=switch/none
 PropagateResourceLimits=NONE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 ReturnToService=2
@@ -93,9 +95,12 @@ class Cluster:
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2"
             for name, port in NODES.items()
         ]
-        partition = "PartitionName=dev Nodes=ALL Default=YES MaxTime=60 DefaultTime=30 State=UP"
+        partitions = [
+            "PartitionName=dev Nodes=ALL Default=YES MaxTime=60 DefaultTime=30 GraceTime=60",
+            "PartitionName=urgent Nodes=ALL MaxTime=60 DefaultTime=30 PriorityTier=10",
+        ]
         config = CONFIG.format(host=host, folder=self.folder)
-        (self.folder / "slurm.conf").write_text("\n".join([config, *nodes, partition, ""]))
+        (self.folder / "slurm.conf").write_text("\n".join([config, *nodes, *partitions, ""]))
         for name in ("state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key-file"

@@ -18,6 +18,7 @@ import methods
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
@@ -620,6 +621,45 @@ def test_unreachable_wandb_is_no_obstacle(tmp_path: Path) -> None:
     assert status == 0, output
     assert "W&B refused or was not reached, so it tracks offline" in output
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+
+
+class WarnSelf(Callback):
+    """Is sent SIGTERM in the fourth step."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class KillWandb(Callback):
+    """Ends W&B's own process, as a scheduler would, while the fourth step is computed."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 3:
+            for task in Path("/proc/self/task").iterdir():
+                for pid in (task / "children").read_text().split():
+                    if Path(f"/proc/{pid}/comm").read_text().startswith("wandb"):
+                        os.kill(int(pid), signal.SIGTERM)
+            time.sleep(1)  # else it may take the next row
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_run_outlives_wandb(warned: bool, tmp_path: Path) -> None:
+    callbacks = [{"class_path": "test_cli.KillWandb"}]
+    if warned:
+        callbacks.append({"class_path": "test_cli.WarnSelf"})
+    experiment(tmp_path, trainer__callbacks=callbacks, trainer__log_every_n_steps=1)
+    environment = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path)}
+    status, output = launch.run([*COMMAND, "--wandb.mode=offline"], tmp_path, environment)
+    assert status == (143 if warned else 0), output
+    assert "Traceback" not in output
+    assert warned or "W&B's process has ended" in output
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == (4 if warned else 7)
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_statistics_of_the_exits(trained) -> None:
 def test_panels_show_the_curve_and_the_histograms(trained) -> None:
     _, module = trained
     logged = {}
-    logger = SimpleNamespace(experiment=SimpleNamespace(log=logged.update))
+    logger = SimpleNamespace(log_metrics=logged.update)
     curve, histogram = curve_rows(module), entropy_rows(module)
     log_to_wandb(logger, module, curve, [(0.5, 100.0, 2.0)], histogram)
     names = [f"exits/entropy_histogram_{name}" for name in ("exit1", "exit2", "full")]

@@ -72,8 +72,8 @@ def test_panels_show_the_table_and_the_curve() -> None:
     rows = [("w0.25", 0.5, 10, 5, 0.1), ("full", 0.75, 40, 20, 0.2)]
     for count, panels in ((2, {"operating_points", "acc_against_macs"}), (1, {"operating_points"})):
         logged = {}
-        log_to_wandb(SimpleNamespace(experiment=SimpleNamespace(log=logged.update)), rows[:count])
+        log_to_wandb(SimpleNamespace(log_metrics=logged.update), rows[:count])
         assert logged.keys() == panels
         assert logged["operating_points"].data == [list(row) for row in rows[:count]]
-    log_to_wandb(SimpleNamespace(experiment=SimpleNamespace(log=logged.update)), rows)
+    log_to_wandb(SimpleNamespace(log_metrics=logged.update), rows)
     assert logged["acc_against_macs"].table.columns[1:3] == ["test_acc", "macs"]

@@ -129,9 +129,24 @@ def test_job_requeued_by_an_administrator(
 ) -> None:
     """`scontrol requeue` comes with SIGTERM and, ten seconds later, SIGKILL."""
     experiment = Experiment(cluster, tmp_path / "experiment")
-    job = cluster.submit(*experiment.arguments(), "--wandb.mode=disabled")
+    job = cluster.submit(*experiment.arguments(), "--wandb.mode=offline")
     experiment.wait_for_progress(job, 0)
     cluster.ask("scontrol", "requeue", str(job))
+    experiment.finish(job, restarts=1)
+    assert "saved after a signal" in cluster.output(job)
+    assert_same(whole, experiment)
+
+
+def test_job_preempted(cluster: Cluster, whole: Experiment, tmp_path: Path) -> None:
+    """A job of a partition with priority comes with SIGTERM and a minute's grace."""
+    experiment = Experiment(cluster, tmp_path / "experiment")
+    job = cluster.submit(*experiment.arguments(), "--wandb.mode=offline")
+    experiment.wait_for_progress(job, 0)
+    urgent = cluster.ask(
+        *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive"),
+        *(f"--output={cluster.folder}/urgent.out", "--wrap=sleep 5"),
+    )
+    assert cluster.finish(urgent)["JobState"] == "COMPLETED"
     experiment.finish(job, restarts=1)
     assert "saved after a signal" in cluster.output(job)
     assert_same(whole, experiment)
