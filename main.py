@@ -15,6 +15,7 @@ import preemption
 if __name__ == "__main__" and sys.argv[1:2] == ["fit"]:
     preemption.listen()  # the imports below take seconds, in which a warning would end the process
 
+import contextlib
 import logging
 import os
 import re
@@ -185,7 +186,8 @@ class ExperimentCLI(LightningCLI):
             )
         folder.record_attempt(self.config_dump)
         trainer.loggers = folder.loggers(tracking, self.config_dump)
-        trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
+        with contextlib.suppress(preemption.TimeIsOver):
+            trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
         if any(isinstance(c, Timer) and c.time_remaining() <= 0 for c in trainer.callbacks):
             rank_zero_info("trainer.max_time is over: repeat the command to go on")
             return
@@ -246,8 +248,8 @@ class ExperimentCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status.
 
-    0; 2 after a mistake; 75 if a scheduler's warning came and the same command goes on; 128 + the
-    number of a signal that ended it.
+    0; 2 after a mistake; 75, or 143 after SIGTERM, if a scheduler's warning came and the same
+    command goes on; 1 after Ctrl+C, or if another process of the run has ended.
     """
     # Lightning's advice about worker processes: our small sets are in memory and have none.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -268,10 +270,6 @@ def main(args: Sequence[str] | None = None) -> int:
         rank_zero_info("saved after a signal: repeat the command to go on")
         return warning.code
     except RuntimeError as error:
-        if preemption.received() and "DataLoader worker" in str(error):
-            # It got the signal in its first moments, when torch still decides what it means.
-            rank_zero_info("stopped by a signal: repeat the command to go on from last.ckpt")
-            return preemption.Preempted(preemption.received()).code
         if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
             raise
         print(

@@ -6,9 +6,11 @@ middle of a step, and waits for ranks that are elsewhere. So the handler only re
 `Preempted`. This module imports nothing heavy: it has to be there while torch is imported.
 """
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 AGAIN = 75
@@ -25,6 +27,10 @@ class Preempted(SystemExit):
         super().__init__(128 + warning if warning == signal.SIGTERM else AGAIN)
 
 
+class TimeIsOver(SystemExit):
+    """Raised at the same moment when `trainer.max_time` has passed."""
+
+
 def listen() -> None:
     """Remembers warnings from now on; again, if somebody else has installed handlers since."""
     if threading.current_thread() is threading.main_thread():
@@ -37,16 +43,26 @@ def received() -> int:
     return _received
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Lets warnings wait; processes that are started meanwhile begin their lives like that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def outlive_warnings() -> None:
     """For a loader worker, which gets the same signals: its trainer needs it until it has saved.
 
     Only a SIGTERM of its trainer ends it: so Python ends the children that are left.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell who has sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_wait_for_the_trainer, daemon=True).start()
+    else:  # macOS does not tell who has sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

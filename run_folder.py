@@ -35,13 +35,13 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks import CSVHistory, FaultTolerantWandbLogger
 from callbacks.checkpointing import LAST, PREVIOUS
 
-# Of a YAML's trainer and data sections, only this part decides the result; the rest says how long,
-# where and how verbosely a run trains, and may change between two attempts of it.
+# Of a YAML's trainer and data sections, this part is the experiment; the rest says how long, where,
+# how precisely and how verbosely a run trains, and may change between two attempts of it.
 TRAINER_SCIENCE = (
     "accumulate_grad_batches",
     "check_val_every_n_epoch",
@@ -175,13 +175,20 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other processes from training here, until this one ends, however it ends.
 
+        A job that SLURM has started again waits for its lock: if its node has lost the scheduler
+        and nothing else, the processes from before are still at work.
+
         Raises:
-            ValueError: one does already.
+            ValueError: another process has it.
         """
         self._lock = (self.path / "lock").open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
+            if os.environ.get("SLURM_RESTART_COUNT"):
+                rank_zero_info(f"waits for another process that trains in {self.path}")
+                fcntl.lockf(self._lock, fcntl.LOCK_EX)
+                return
             raise ValueError(
                 f"another process trains in {self.path}: wait for it, or pass another --run_dir"
             ) from error
@@ -219,10 +226,10 @@ class RunFolder:
 
     def is_finished(self, trainer: pl.Trainer, test: bool) -> bool:
         """Tells whether the run has been where this trainer would stop, and was tested if asked."""
-        path = self.path / "finished.yaml"
-        if not path.exists():
+        try:
+            there = _read(self.path / "finished.yaml")
+        except FileNotFoundError:  # at any moment: rank 0 removes it when a run goes on
             return False
-        there = _read(path)
         enough = [
             there.get(name) == limit or 0 < limit <= (there.get(name) or 0)
             for name, limit in _limits(trainer).items()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, Timer
 
 import preemption
 from callbacks.csv_history import CSVHistory
@@ -30,7 +30,8 @@ class RunCheckpoint(Checkpoint):
     goes the number of rows of the CSV history.
 
     A scheduler's warning (see `preemption`) on any rank makes all ranks save after the optimizer
-    step they are in, or the validation that follows it, and leave with `preemption.Preempted`.
+    step they are in, or the validation that follows it, and leave with `preemption.Preempted`. When
+    `trainer.max_time` is over they do the same, and leave with `preemption.TimeIsOver`.
 
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
@@ -97,9 +98,10 @@ class RunCheckpoint(Checkpoint):
         # weights, and what was saved is no good.
         is_new = trainer.state.fn == "fit" and self.saved_step == trainer.global_step
         if isinstance(exception, FloatingPointError) and is_new and trainer.is_global_zero:
-            self.path(trainer, LAST).unlink(missing_ok=True)
             if self.path(trainer, PREVIOUS).exists():
                 os.replace(self.path(trainer, PREVIOUS), self.path(trainer, LAST))
+            else:
+                self.path(trainer, LAST).unlink(missing_ok=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.select == "best" and not pl_module.validates:
@@ -116,10 +118,17 @@ class RunCheckpoint(Checkpoint):
         if not self.is_step_whole or _hands_over(trainer, batch_idx):
             return
         warning = agree_on_warning(trainer)
-        due = warning or trainer.global_step % self.every_n_steps == 0
+        # Lightning would end the epoch here, and a resumed run would begin with the next one.
+        time_is_over = trainer.should_stop and any(
+            isinstance(callback, Timer) and callback.time_remaining() <= 0
+            for callback in trainer.callbacks
+        )
+        due = warning or time_is_over or trainer.global_step % self.every_n_steps == 0
         if due and trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
         leave_if(warning, trainer)
+        if time_is_over:
+            raise preemption.TimeIsOver(preemption.AGAIN)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

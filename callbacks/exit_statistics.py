@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.first_test_images import FirstTestImages
 from callbacks.operating_points import time_points
+from callbacks.sampled_images import SampledTestImages
 from networks import early_exit, exits_taken, run_to_exit
 
 NUM_BINS = 20  # of an entropy histogram
 NUM_TIMED = 64  # images, one at a time, or all at once for the curve
-MAX_TIMED = 40  # points of the curve
+MAX_TIMED = 43  # points of the curve
 SPEED = ("point", "branches", "test_acc", "macs", "macs_gain", "ms_per_image", "ms_gain")
 
 
-class ExitStatistics(FirstTestImages):
+class ExitStatistics(SampledTestImages):
     """Logs what happens at every exit, and after a test compares the network with its trunk.
 
     After every validation, to every logger, for the thresholds that the module prefers:
@@ -36,7 +36,7 @@ class ExitStatistics(FirstTestImages):
         exit_entropy.csv     histogram of the entropy (natural logarithm) at each exit
         exit_curve.csv       accuracy against mean MACs for the module's curve of thresholds
         exit_curve_speed.csv accuracy against measured milliseconds per image, in a batch of 64, for
-                             at most 40 points of the curve
+                             at most 43 points of the curve
         exit_speed.csv       each operating point against the trunk alone; also printed
 
     The last, as the paper has it, is about one image at a time: accuracy, MACs and milliseconds per

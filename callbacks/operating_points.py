@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.first_test_images import FirstTestImages
+from callbacks.sampled_images import SampledTestImages
 from networks import wait_for
 
 RESULT = "operating_points.csv"
@@ -23,10 +23,11 @@ NUM_ROUNDS = 5  # timed passes of each point, in turn; the median counts
 COLUMNS = ("name", "test_acc", "macs", "params", "ms_per_image")
 
 
-class OperatingPoints(FirstTestImages):
+class OperatingPoints(SampledTestImages):
     """After a test, measures every operating point of the module and tells it everywhere.
 
-    Writes `operating_points.csv` in the run folder, logs a W&B table. `print_table` shows it.
+    Writes `operating_points.csv` in the run folder, logs a W&B table. `print_table` shows it. Time
+    is that of batches of 64 images.
 
     Reads of the module: `operating_points()`, `costs()`, and the logged `test/acc` of the point
     "full" and `test/acc_<name>` of the others.

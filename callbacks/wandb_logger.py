@@ -1,12 +1,16 @@
 """Weights & Biases, without which a run goes on."""
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+PATIENCE = 60
+"""Seconds for which a run that ends waits for W&B."""
 
 
 class FaultTolerantWandbLogger(WandbLogger):
@@ -40,8 +44,18 @@ class FaultTolerantWandbLogger(WandbLogger):
             self._close()
 
     def _close(self) -> None:
-        """Ends W&B's process; else it would complain at the exit of ours that it is lost."""
-        import wandb  # slow
+        """Ends W&B's process, else its loss would be told at the exit of ours.
 
-        with contextlib.suppress(ConnectionError):
-            wandb.teardown(exit_code=1)
+        A scheduler does not wait for what it cannot upload: neither do we, for long.
+        """
+        thread = threading.Thread(target=_teardown, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+
+
+def _teardown() -> None:
+    import wandb  # slow
+
+    # It exits with the status of its process, which may be that of a signal.
+    with contextlib.suppress(ConnectionError, SystemExit):
+        wandb.teardown(exit_code=1)

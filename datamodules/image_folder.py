@@ -183,7 +183,9 @@ class ImageFolderDataModule(ImageDataModule):
             generator=generator("workers", self.seed, epoch),
         )
         try:
-            yield from loader
+            with preemption.held_back():  # until the workers can outlive them
+                loaded = iter(loader)
+            yield from loaded
         except ValueError as error:  # a corrupt image; from a worker it comes with a traceback
             problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
             # Without the traceback, whose frames would keep the workers alive.

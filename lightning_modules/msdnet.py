@@ -8,11 +8,9 @@ Differences from the released code:
     * Thresholds are found on validation images without augmentation; the loader of the PyTorch code
       augments them.
     * An image that has left is not computed any further; there, every exit is run for every image.
-    * The rate falls after epochs 150 and 225 (of 300); in the released code one epoch earlier.
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -21,20 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.base import Batch, Cost, OptimizerFactory, SchedulerFactory, sgd
+from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory, sgd
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
 from networks import (
     MultiExitNetwork,
+    Staged,
     count_exit_macs,
     exits_taken,
+    run_all_exits,
     thresholds_for_budget,
     thresholds_for_fractions,
     time_exits,
 )
 from networks.early_exit import ExitCosts, check_budget, geometric_fractions
 
-RATIOS = tuple(number / 20 for number in range(1, 40))
-"""Of the shares of two exits in a row: the paper's."""
+RATIOS = (*(number / 20 for number in range(1, 40)), 2.5, 4.0, 8.0, 1e6)
+"""Of the shares of two exits in a row: the paper's, and four that leave ever more images to the
+last exit, so that all of a budget can be spent."""
+NUM_TIMED = 64
+"""Images in a batch whose time is measured, as many as `callbacks.OperatingPoints` times."""
 NO_THRESHOLDS = (
     "a budget needs thresholds, which a validation finds: hold out validation images, and give a "
     "checkpoint of a fit that validates"
@@ -47,13 +50,13 @@ class LitMSDNet(MultiExitClassifier):
     Anytime prediction: every exit is an operating point, and so is the mean of the probabilities of
     the exits up to it ("ensemble2", ...). Budgeted batch classification: the points "budget_exit2"
     and so on leave early, by confidence, and cost on average what the exit costs that they are
-    named after; a curve has 39 sets of thresholds.
+    named after; a curve has 43 sets of thresholds.
 
     Args:
         net: a network with exits.
         budget_macs: mean multiply-accumulates per image that a test or a prediction may spend; adds
             the operating point "adaptive", which `predict` then uses.
-        budget_ms: the same in milliseconds per image, in batches of the evaluation's size.
+        budget_ms: the same in milliseconds per image, in a batch of 64.
         exit_thresholds: one per exit but the last, shallow to deep, for "adaptive".
         optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
 
@@ -91,25 +94,27 @@ class LitMSDNet(MultiExitClassifier):
     # --- anytime prediction -----------------------------------------------------------------------
 
     def evaluated_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Returns the exits, and the ensembles of the exits up to each."""
-        ensembles = {
-            f"ensemble{count}": partial(self.ensemble, count)
-            for count in range(2, self.net.num_exits + 1)
-        }
-        return {**super().evaluated_points(), **ensembles}
+        """Returns the exits, and the ensembles of the exits up to each.
 
-    def ensemble(self, count: int, images: Tensor) -> Tensor:
-        """Returns the logarithm of the mean probabilities of the first `count` exits."""
-        state, logits = images, []
-        for stage, exit_here in zip(self.net.stages[:count], self.net.exits[:count], strict=True):
-            state = stage(state)
-            logits.append(exit_here(state))
-        return mean_log_probs(logits)[-1]
+        As in the paper, either runs the exits before it, too: they have answered by then.
+        """
+        counts = range(1, self.net.num_exits + 1)
+        exits = {
+            name: partial(self.answer, count, False)
+            for name, count in zip(self.exit_names, counts, strict=True)
+        }
+        ensembles = {f"ensemble{count}": partial(self.answer, count, True) for count in counts[1:]}
+        return {**exits, **ensembles}
+
+    def answer(self, count: int, ensemble: bool, images: Tensor) -> Tensor:
+        """Returns the logits of an exit, or the logarithm of the mean probabilities up to it."""
+        logits = run_all_exits(Staged(self.net.stages[:count], self.net.exits[:count]), images)
+        return mean_log_probs(logits)[-1] if ensemble else logits[-1]
 
     def evaluate(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the logits of exits and ensembles, from one pass."""
         exits = super().evaluate(images)
-        means = mean_log_probs(list(exits.values()))
+        means = mean_log_probs(exits.values())
         return {**exits, **{f"ensemble{k}": mean for k, mean in enumerate(means[1:], start=2)}}
 
     # --- budgeted batch classification ------------------------------------------------------------
@@ -129,24 +134,15 @@ class LitMSDNet(MultiExitClassifier):
             shares.append((counts / len(taken)).tolist())
         return FoundThresholds(points, curve, shares)
 
-    def costs(self, images: Tensor) -> dict[str, Cost]:
-        """Returns the costs; those of an exit include the exits before it, as in the paper."""
-        leaving = count_exit_macs(self.net, images).leaving
-        costs = super().costs(images)
-        for name, macs in zip(self.exit_names, leaving, strict=True):
-            costs[name] = Cost(macs, costs[name].params)
-        return costs
-
     def on_fit_start(self) -> None:
         if self.budget_macs is None and self.budget_ms is None:
             return
         if not self.validates:
             raise ValueError(NO_THRESHOLDS)
         data = self.trainer.datamodule
-        if self.budget_macs is not None and data is not None:
-            network = copy.deepcopy(self.net).to("meta").eval()
-            image = torch.empty(1, *data.image_shape, device="meta")
-            check_budget(self.budget_macs, count_exit_macs(network, image).leaving)
+        if data is not None:
+            images = torch.zeros(NUM_TIMED, *data.image_shape, device=self.device)
+            check_budget(*self.budget_and_costs(copy.deepcopy(self.net).eval(), images))
 
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx == 0:
@@ -156,17 +152,22 @@ class LitMSDNet(MultiExitClassifier):
         if batch_idx == 0:
             self.keep_to_budget(batch[0])
 
+    def budget_and_costs(
+        self, network: MultiExitNetwork, images: Tensor
+    ) -> tuple[float, list[float]]:
+        """Returns the budget, and what the exits cost in its unit."""
+        if self.budget_macs is not None:
+            return self.budget_macs, count_exit_macs(network, images[:1]).leaving
+        with self.trainer.precision_plugin.forward_context():
+            times = time_exits(network, images[:NUM_TIMED]).leaving
+        # Ranks must not differ about thresholds.
+        return self.budget_ms, self.trainer.strategy.broadcast(times)
+
     def keep_to_budget(self, images: Tensor) -> None:
         """Gives "adaptive" the thresholds of the curve that spend most of the budget."""
-        if self.budget_macs is not None:
-            budget, costs = self.budget_macs, count_exit_macs(self.net, images[:1]).leaving
-        elif self.budget_ms is not None:
-            with self.trainer.precision_plugin.forward_context():
-                times = time_exits(self.net, images).leaving
-            # Ranks must not differ about thresholds.
-            budget, costs = self.budget_ms, self.trainer.strategy.broadcast(times)
-        else:
+        if self.budget_macs is None and self.budget_ms is None:
             return
+        budget, costs = self.budget_and_costs(self.net, images)
         check_budget(budget, costs)
         if not self.found.curve:
             raise ValueError(NO_THRESHOLDS)
@@ -181,11 +182,8 @@ class LitMSDNet(MultiExitClassifier):
         self.given_thresholds = thresholds
 
 
-def mean_log_probs(logits: Sequence[Tensor]) -> list[Tensor]:
-    """Returns log(mean of the softmax of the first k logits), for every k."""
-    log_probs = [values.log_softmax(1) for values in logits]
-    means = []
-    for count in range(1, len(log_probs) + 1):
-        total = torch.stack(log_probs[:count]).logsumexp(0)
-        means.append(total - math.log(count))
-    return means
+def mean_log_probs(logits: Sequence[Tensor]) -> Tensor:
+    """Returns log(mean of the softmax of the first k logits), (K, N, C), for K logits (N, C)."""
+    sums = torch.stack(list(logits)).log_softmax(2).logcumsumexp(0)
+    counts = torch.arange(1, len(logits) + 1, device=sums.device)
+    return sums - counts.log()[:, None, None]

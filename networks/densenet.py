@@ -280,7 +280,7 @@ class CifarDenseNet(DenselyConnectedNetwork):
         memory_efficient: see `DenselyConnectedNetwork`.
 
     Raises:
-        ValueError: no network has this depth or compression.
+        ValueError: no network has this depth, growth rate or compression.
     """
 
     def __init__(
@@ -300,6 +300,8 @@ class CifarDenseNet(DenselyConnectedNetwork):
             raise ValueError(f"depth {depth} is not {formula}: choose one such as {examples}")
         if not 0 < compression <= 1:
             raise ValueError(f"compression {compression} is not in (0, 1]: 1 keeps all channels")
+        if growth_rate < 1:
+            raise ValueError(f"growth_rate {growth_rate} is too small: use 1 or more")
         channels = 2 * growth_rate if bottleneck and compression < 1 else 16
         super().__init__(
             stem={"conv0": conv(in_channels, channels, 3)},

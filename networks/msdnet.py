@@ -278,6 +278,8 @@ class MSDNet(MultiExitNetwork):
         numbers = {"num_blocks": num_blocks, "base": base, "step": step}
         require_positive({**numbers, "num_channels": num_channels, "growth_rate": growth_rate})
         require_factors(growth_rate, growth_factors, bottleneck_factors)
+        if not 0 < reduction <= 1:
+            raise ValueError(f"reduction {reduction} is not in (0, 1]: 1 keeps all channels")
         self.num_classes = num_classes
         steps = [step if step_mode == "even" else step * i + 1 for i in range(1, num_blocks)]
         self.depths = tuple(itertools.accumulate([base, *steps]))

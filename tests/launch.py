@@ -20,6 +20,8 @@ _processes.set_forkserver_preload(["main", "datamodules", "sklearn.datasets"])
 
 Environment = Mapping[str, str | None]
 """Variables of a run; None removes one."""
+PATIENCE = 600
+"""Seconds that a run may take, even on a busy machine."""
 QUIET: Environment = {"WANDB_MODE": "disabled"}
 
 
@@ -42,6 +44,8 @@ def _run_main(args: Sequence[str], folder: Path, output: Path, environment: Envi
 
     import main
 
+    if os.environ.get("KILLED_AFTER_SAVE"):
+        _kill_after_save()
     torch.set_num_threads(1)
     sys.exit(main.main())
 
@@ -62,8 +66,31 @@ def run(args: Sequence[str], folder: Path, environment: Environment = QUIET) -> 
     output = folder / "output.txt"
     before = output.stat().st_size if output.exists() else 0
     process = start(args, folder, environment)
-    process.join()
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"{' '.join(args)} hangs\n{output.read_text()}")
     return process.exitcode, output.read_bytes()[before:].decode()
+
+
+def kill_after_save(args: Sequence[str], folder: Path, environment: Environment = QUIET) -> bool:
+    """Starts a run that ends like a killed one once it has saved last.ckpt; False if it did not."""
+    status, _ = run(args, folder, {**environment, "KILLED_AFTER_SAVE": "yes"})
+    return status == -signal.SIGKILL
+
+
+def _kill_after_save() -> None:
+    from callbacks import RunCheckpoint
+    from callbacks.checkpointing import LAST
+
+    save = RunCheckpoint.save
+
+    def save_and_die(self, trainer, name: str) -> None:
+        save(self, trainer, name)
+        if name == LAST:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunCheckpoint.save = save_and_die
 
 
 def kill_when(

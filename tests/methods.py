@@ -1,5 +1,6 @@
 """What every generic test loops over: a row per method, small enough to train in seconds."""
 
+import importlib
 from copy import deepcopy
 from typing import Any
 
@@ -70,6 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
                     "growth_factors": [1, 2],
                     "bottleneck_factors": [1, 2],
                     "in_channels": 1,
+                    "lazy": True,
                 },
             }
         },
@@ -85,6 +87,15 @@ METHODS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+def build(spec: Any) -> Any:
+    """Returns the object that a class and its arguments stand for, or a plain value."""
+    if not isinstance(spec, dict):
+        return spec
+    room, name = spec["class_path"].split(".")
+    arguments = {key: build(value) for key, value in spec["init_args"].items()}
+    return getattr(importlib.import_module(room), name)(**arguments)
 
 
 def config(method: str) -> dict[str, Any]:

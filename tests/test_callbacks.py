@@ -20,6 +20,7 @@ from callbacks import (
     ThroughputMonitor,
 )
 from callbacks.operating_points import time_points
+from callbacks.sampled_images import SampledTestImages
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
 
@@ -192,6 +193,19 @@ def test_foreign_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(ValueError, match="is not a checkpoint of tensors and plain data"):
         AtomicCheckpointIO().load_checkpoint(path)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_measured_images_are_of_all_classes() -> None:
+    """A folder is sorted by class, and so are the batches of its test."""
+    callback = SampledTestImages(num_images=64)
+    batches = torch.arange(500).split(40)  # 50 of each class
+    trainer = SimpleNamespace(is_global_zero=True, num_test_batches=[len(batches)])
+    for number, batch in enumerate(batches):
+        callback.on_test_batch_start(trainer, None, (batch,), number)
+    images = callback.take_images()
+    assert len(set(images.tolist())) == 64
+    for half in images.split(32):
+        assert {image // 50 for image in half.tolist()} == set(range(10))
 
 
 def test_time_is_per_image() -> None:

@@ -110,7 +110,7 @@ def test_other_number_of_ranks_goes_on_within_an_epoch(tmp_path: Path) -> None:
         (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
         last = folder / "run/last.ckpt"
         if name == "broken":
-            assert launch.kill_when(last.exists, COMMAND, folder)
+            assert launch.kill_after_save(COMMAND, folder)
             steps = torch.load(last, weights_only=True)["global_step"]
             assert steps % 10, "saved within an epoch"
             status, output = launch.run([*COMMAND, *two], folder)

@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import METHODS, build, config
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -49,6 +50,24 @@ SCORE_DTYPES = {  # of the scores of logits
     torch.bfloat16: torch.float32,
 }
 FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if "ExitStatistics" in str(config(name))]
+)
+def test_leaving_early_is_a_part_of_the_full_pass(method: str) -> None:
+    """Of the network of every method with exits."""
+    network = build(METHODS[method]["init_args"]["net"]).eval()
+    images = torch.randn(64, 1, 32, 32)
+    every_exit = torch.stack(network(images), 1)
+    scores = confidence(every_exit.flatten(0, 1)).view(64, -1)
+    thresholds = scores[:, :-1].quantile(0.6, dim=0).tolist()
+    answers = early_exit(network, images, thresholds, "confidence")
+    assert torch.equal(answers.exit_index, exits_taken(scores, thresholds, "confidence"))
+    assert len(answers.exit_index.unique()) == network.num_exits
+    expected = every_exit[torch.arange(64), answers.exit_index]
+    torch.testing.assert_close(answers.logits, expected, rtol=1e-4, atol=1e-5)
+
 
 # --- A network whose logits are written in the images, and which remembers whom it saw ---
 

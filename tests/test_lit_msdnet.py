@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,15 @@ from callbacks import ExitStatistics, OperatingPoints, RunCheckpoint
 from datamodules import DigitsDataModule
 from lightning_modules import LitMSDNet
 from lightning_modules import msdnet as lit_msdnet
-from networks import MSDNet, Staged, count_exit_macs, count_macs, run_all_exits, time_exits
+from networks import (
+    MSDNet,
+    Staged,
+    count_exit_macs,
+    count_macs,
+    count_params,
+    run_all_exits,
+    time_exits,
+)
 from networks.early_exit import ExitCosts
 
 EXITS = ["exit1", "exit2", "exit3", "full"]
@@ -97,6 +106,8 @@ def test_exits_and_ensembles_are_operating_points(trained) -> None:
         right = (probabilities[:, index].argmax(1) == labels).double().mean().item()
         assert float(points[name]["test_acc"]) == pytest.approx(right)
         assert int(points[name]["macs"]) == parts[index]
+    assert int(points["full"]["params"]) == count_params(module.net)
+    assert int(points["exit1"]["params"]) < int(points["ensemble2"]["params"])
     for count, name in enumerate(ENSEMBLES, start=2):
         mean = probabilities[:, :count].mean(1)
         right = (mean.argmax(1) == labels).double().mean().item()
@@ -112,7 +123,7 @@ def test_curve_follows_the_papers_rule(trained) -> None:
     """Of the images that are left the surest leave: a share q^k / sum q^j of all."""
     folder, module = trained
     confidences = outputs_of(module, "val")[0].max(2).values
-    assert len(module.exit_curve) == 39
+    assert len(module.exit_curve) == 43
     for number in (1, 7, 20, 39):
         powers = torch.tensor([(number / 20) ** k for k in range(1, 5)], dtype=torch.float64)
         counts = (powers / powers.sum()).float().mul(len(confidences)).floor().long().tolist()
@@ -129,9 +140,23 @@ def test_curve_follows_the_papers_rule(trained) -> None:
         assert shares[3] == pytest.approx(len(left) / len(confidences))
         assert sum(shares) == pytest.approx(1)
     curve, speed = read(folder / "exit_curve.csv"), read(folder / "exit_curve_speed.csv")
-    assert len(curve) == len(speed) == 39
+    assert len(curve) == len(speed) == 43
     assert [row["macs"] for row in curve] == [row["macs"] for row in speed]
     assert all(float(row["ms_per_image"]) > 0 for row in speed)
+
+
+def test_all_of_a_budget_can_be_spent(trained) -> None:
+    """The paper's 39 ratios end where many images still leave early."""
+    _, module = trained
+    leaving = count_exit_macs(module.net, torch.zeros(1, 1, 32, 32)).leaving
+    means = [
+        sum(share * cost for share, cost in zip(shares, leaving, strict=True))
+        for shares in module.found.shares
+    ]
+    assert means[38] < 0.85 * leaving[-1]
+    assert max(means) == leaving[-1]
+    gaps = [b - a for a, b in itertools.pairwise(sorted([leaving[0], *means]))]
+    assert max(gaps) < 0.12 * leaving[-1]
 
 
 def test_budget_of_an_exit_is_kept_on_validation(trained) -> None:
@@ -225,7 +250,7 @@ def test_two_exits_have_a_curve_and_no_budget_between(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=64))
     assert (tmp_path / "best.ckpt").exists()
     assert module.exit_thresholds == {}
-    assert len(module.exit_curve) == 39
+    assert len(module.exit_curve) == 43
 
 
 def test_budget_needs_a_validation(tmp_path: Path) -> None:

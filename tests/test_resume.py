@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Timer
 from torch import nn
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
@@ -77,24 +77,14 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert not files[0].exists() or files[0].read_text() == files[1].read_text()
 
 
-def kill_repeatedly(folder: Path, moment: Callable[[], Callable[[], bool]]) -> int:
-    """Starts the run again and again, killed at the next `moment()`, until it ends by itself."""
+def kill_after_every_save(folder: Path) -> int:
+    """Starts the run again and again, killed after its first save, until it ends by itself."""
     num_kills = 0
-    while launch.kill_when(moment(), COMMAND, folder):
+    while launch.kill_after_save(COMMAND, folder):
         num_kills += 1
         assert num_kills < 60, "makes no progress"
     assert (folder / "run/finished.yaml").exists(), (folder / "output.txt").read_text()
     return num_kills
-
-
-def after_next_checkpoint(folder: Path) -> Callable[[], Callable[[], bool]]:
-    last = folder / "run/last.ckpt"
-
-    def moment() -> Callable[[], bool]:
-        seen = last.stat().st_mtime_ns if last.exists() else None
-        return lambda: last.exists() and last.stat().st_mtime_ns != seen
-
-    return moment
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -102,7 +92,7 @@ def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
     config = methods.config(method)
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
-    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 5
+    assert kill_after_every_save(broken) >= 5
     assert_same_run(whole, broken)
 
 
@@ -126,7 +116,7 @@ def test_killed_under_other_trainer_settings(changes: dict[str, Any], tmp_path: 
     config["model"]["init_args"]["lr_interval"] = "step"
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
-    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 4
+    assert kill_after_every_save(broken) >= 4
     assert_same_run(whole, broken)
 
 
@@ -161,14 +151,14 @@ def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
     config = image_folder_config(tmp_path / "images", num_workers)
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
-    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 3
+    assert kill_after_every_save(broken) >= 3
     assert_same_run(whole, broken)
 
 
 class WarnAll(Callback):
-    """Sends a warning to this process and its loader workers, as SLURM does, in the fourth batch.
+    """Sends a warning to this process and its loader workers, as SLURM does, in the first batch.
 
-    By then each worker has sent a batch. In its first moments it would end at once.
+    One of the workers may just be starting.
     """
 
     def __init__(self, number: int, while_validating: bool):
@@ -180,12 +170,13 @@ class WarnAll(Callback):
         workers = Path(f"/proc/{own}/task/{own}/children").read_text().split()
         assert len(workers) >= 2
         # By a process of its own: a worker obeys a SIGTERM of its trainer.
-        subprocess.run(["kill", f"-{self.number}", *workers, str(own)], check=True)
+        kill = " ".join(["kill", f"-{self.number}", *workers, str(own)])
+        subprocess.run(kill, shell=True, check=True)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self.while_validating and batch_idx == 3:
+        if not self.while_validating and batch_idx == 0:
             self.warn()
 
     def on_validation_batch_start(
@@ -196,7 +187,7 @@ class WarnAll(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.while_validating and batch_idx == 3:
+        if self.while_validating and batch_idx == 0:
             self.warn()
 
 
@@ -218,7 +209,7 @@ def test_warning_that_reaches_the_loader_workers(
     assert "saved after a signal" in output
     assert "Traceback" not in output
     num_steps = torch.load(folder / "run/last.ckpt", weights_only=True)["global_step"]
-    assert num_steps == (6 if while_validating else 4)
+    assert num_steps == (6 if while_validating else 1)
 
 
 class DropoutNet(nn.Module):
@@ -241,7 +232,7 @@ def test_dropout_draws_the_same_after_a_kill(tmp_path: Path) -> None:
     config["trainer"]["callbacks"] = None
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
-    assert kill_repeatedly(broken, after_next_checkpoint(broken)) >= 4
+    assert kill_after_every_save(broken) >= 4
     assert_same_run(whole, broken)
 
 
@@ -268,11 +259,44 @@ def test_damaged_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
     # When a write begins, both names mean the same file.
     two_files = lambda: previous.exists() and not previous.samefile(last)  # noqa: E731
     assert launch.kill_when(two_files, COMMAND, broken)
-    last.write_bytes(last.read_bytes()[:-100])
+    content = last.read_bytes()
+    last.unlink()  # in the middle of a write it is the same file as previous.ckpt
+    last.write_bytes(content[:-100])
     status, output = launch.run(COMMAND, broken)
     assert status == 0, output
     assert "last.ckpt is damaged: goes on from the checkpoint before it" in output
     (broken / "run/damaged.ckpt").unlink()
+    assert_same_run(whole, broken)
+
+
+class TimePasses(Callback):
+    """Lets `trainer.max_time` be over in the third batch of the second epoch."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == (1, 2):
+            (timer,) = (each for each in trainer.callbacks if isinstance(each, Timer))
+            timer._duration = 0.0
+
+
+@pytest.mark.parametrize("val_size", [0, 180])
+def test_no_step_is_lost_when_time_is_over(val_size: int, tmp_path: Path) -> None:
+    config = methods.config("resnet")
+    config["data"]["init_args"]["val_size"] = val_size
+    config["checkpoint"]["select"] = "last"
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    config["trainer"]["callbacks"].append({"class_path": "test_resume.TimePasses"})
+    (broken / "brief.yaml").write_text(yaml.safe_dump(config))
+    brief = ["fit", "-c", "brief.yaml", *COMMAND[3:], "--trainer.max_time=00:01:00:00"]
+    status, output = launch.run(brief, broken)
+    assert status == 0, output
+    assert "trainer.max_time is over: repeat the command to go on" in output
+    assert torch.load(broken / "run/last.ckpt", weights_only=True)["global_step"] == 10
+    assert launch.run(COMMAND, broken)[0] == 0, (broken / "output.txt").read_text()
+    (broken / "run/previous.ckpt").unlink()
+    (whole / "run/previous.ckpt").unlink()
     assert_same_run(whole, broken)
 
 

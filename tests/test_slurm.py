@@ -110,6 +110,13 @@ def assert_same(one: Experiment, other: Experiment) -> None:
     assert_same_run(one.folder, other.folder)
 
 
+def assert_one_wandb_run(experiment: Experiment, attempts: int) -> None:
+    identity = (experiment.run / "wandb_id").read_text()
+    folders = list((experiment.run / "wandb").glob("offline-run-*"))
+    assert len(folders) == attempts
+    assert all(path.name.endswith(f"-{identity}") for path in folders)
+
+
 def test_job_warned_three_times(cluster: Cluster, whole: Experiment, tmp_path: Path) -> None:
     experiment = Experiment(cluster, tmp_path / "experiment")
     job = cluster.submit(*experiment.arguments(), "--wandb.mode=offline")
@@ -118,10 +125,7 @@ def test_job_warned_three_times(cluster: Cluster, whole: Experiment, tmp_path: P
         warn(cluster, job)
     experiment.finish(job, restarts=3)
     assert_same(whole, experiment)
-    identity = (experiment.run / "wandb_id").read_text()
-    attempts = list((experiment.run / "wandb").glob("offline-run-*"))
-    assert len(attempts) == 4
-    assert all(path.name.endswith(f"-{identity}") for path in attempts)
+    assert_one_wandb_run(experiment, attempts=4)
 
 
 def test_job_requeued_by_an_administrator(
@@ -135,6 +139,7 @@ def test_job_requeued_by_an_administrator(
     experiment.finish(job, restarts=1)
     assert "saved after a signal" in cluster.output(job)
     assert_same(whole, experiment)
+    assert_one_wandb_run(experiment, attempts=2)
 
 
 def test_job_preempted(cluster: Cluster, whole: Experiment, tmp_path: Path) -> None:
@@ -150,6 +155,7 @@ def test_job_preempted(cluster: Cluster, whole: Experiment, tmp_path: Path) -> N
     experiment.finish(job, restarts=1)
     assert "saved after a signal" in cluster.output(job)
     assert_same(whole, experiment)
+    assert_one_wandb_run(experiment, attempts=2)
 
 
 def test_job_whose_node_fails(cluster: Cluster, whole: Experiment, tmp_path: Path) -> None:
