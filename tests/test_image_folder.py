@@ -1,5 +1,7 @@
 """Folders of large images: what a step receives is a function of (image, seed, epoch) alone."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+import preemption
 from datamodules import ImageFolderDataModule, ImageNetDataModule
 from datamodules.image_augmentation import PCA_COMPONENTS, PCA_STD, apply_keyed, training_transform
 
@@ -77,6 +80,19 @@ def test_workers_make_no_difference(folder, augmentation):
     others, other_labels = all_of(workers.train_dataloader())
     assert torch.equal(images, others)
     assert torch.equal(labels, other_labels)
+
+
+def test_workers_hold_warnings_back_from_their_first_moment(folder, tmp_path, monkeypatch):
+    """Until they can outlive them; the process that starts them does not."""
+
+    def outlive_warnings() -> None:
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        (tmp_path / str(os.getpid())).write_text(str(held_back >= set(preemption.WARNINGS)))
+
+    monkeypatch.setattr(preemption, "outlive_warnings", outlive_warnings)
+    all_of(ready(folder, num_workers=2).train_dataloader())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["True", "True"]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(preemption.WARNINGS)
 
 
 def test_augmentation_changes_with_the_epoch_and_the_seed_only(folder):
