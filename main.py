@@ -28,7 +28,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar, Timer
+from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -36,6 +36,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.distributed import DistError
 
 from callbacks import AtomicCheckpointIO, OperatingPoints, PredictionWriter, RunCheckpoint
+from callbacks.checkpointing import is_time_over
 from callbacks.operating_points import AGAIN, RESULT, print_table
 from lightning_modules import ImageClassifier
 from run_folder import RunFolder, Tracking
@@ -188,7 +189,7 @@ class ExperimentCLI(LightningCLI):
         trainer.loggers = folder.loggers(tracking, self.config_dump)
         with contextlib.suppress(preemption.TimeIsOver):
             trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
-        if any(isinstance(c, Timer) and c.time_remaining() <= 0 for c in trainer.callbacks):
+        if is_time_over(trainer):
             rank_zero_info("trainer.max_time is over: repeat the command to go on")
             return
         if test:

@@ -119,10 +119,7 @@ class RunCheckpoint(Checkpoint):
             return
         warning = agree_on_warning(trainer)
         # Lightning would end the epoch here, and a resumed run would begin with the next one.
-        time_is_over = trainer.should_stop and any(
-            isinstance(callback, Timer) and callback.time_remaining() <= 0
-            for callback in trainer.callbacks
-        )
+        time_is_over = trainer.should_stop and is_time_over(trainer)
         due = warning or time_is_over or trainer.global_step % self.every_n_steps == 0
         if due and trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
@@ -221,6 +218,13 @@ def max_over_ranks(number: int, trainer: Trainer) -> int:
         return number
     tensor = torch.tensor(number, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(tensor, reduce_op="max"))
+
+
+def is_time_over(trainer: Trainer) -> bool:
+    """Tells whether `trainer.max_time` has passed."""
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))
+    left = [timer.time_remaining() for timer in timers]  # None of one without a limit
+    return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 def agree_on_warning(trainer: Trainer) -> int:

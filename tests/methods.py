@@ -4,6 +4,8 @@ import importlib
 from copy import deepcopy
 from typing import Any
 
+import pytest
+
 SMALL_NET = {
     "class_path": "networks.CifarResNet",
     "init_args": {"depth": 8, "num_classes": 10, "in_channels": 1},
@@ -87,6 +89,14 @@ METHODS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+# Whoever resumes and agrees in the row that they resemble rarely fails in these.
+VARIANTS = ("stochastic_depth_row", "slimmable")
+EXPENSIVE = [
+    pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in METHODS
+]
+"""The rows for tests that take long."""
 
 
 def build(spec: Any) -> Any:

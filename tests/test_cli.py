@@ -282,7 +282,7 @@ def test_mistake_with_a_dense_network_is_one_line(name: str, tmp_path: Path) -> 
 
 
 def test_budget_on_the_command_line(tmp_path: Path) -> None:
-    experiment(tmp_path, "msdnet")
+    experiment(tmp_path, "msdnet", trainer__callbacks=None)
     assert launch.run(COMMAND, tmp_path)[0] == 0
     command = ["test", *COMMAND[1:], "--model.init_args.budget_macs=6e6"]
     status, output = launch.run(command, tmp_path)

@@ -38,7 +38,7 @@ def agreement(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run/agreement.json").read_text())
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", methods.EXPENSIVE)
 def test_ranks_agree(method: str, tmp_path: Path) -> None:
     experiment(tmp_path, method, FORKED)
     status, output = launch.run(COMMAND, tmp_path)

@@ -56,6 +56,7 @@ def test_experiment_builds(path: Path) -> None:
     header = path.read_text().split("model:")[0]
     assert f"python main.py fit -c {path.relative_to(ROOT)}" in header
     assert "Paper:" in header
+    assert "Ours: ." not in header
 
 
 @pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)

@@ -752,9 +752,9 @@ FITTING = {"num_blocks": 3, "base": 2, "step": 2}
         ({"bottleneck_factors": (0, 2, 4)}, r"bottleneck factors \[0, 2, 4\]: use 1 or more"),
         ({"growth_rate": 3, "growth_factors": (1, 2, 3)}, "^a growth rate of 3 times .* of 3 is"),
         ({"growth_rate": 5, "growth_factors": (1, 1, 2)}, "^a growth rate of 5 times .* of 1 is"),
-        ({"reduction": 0.0}, "^a reduction to 0.0 leaves no channels"),
+        ({"reduction": 0.0}, "^reduction 0.0 is not in"),
         ({"reduction": 0.04}, "^a reduction to 0.04 leaves no channels"),
-        ({"reduction": -1.0}, "^a reduction to -1.0 leaves no channels"),
+        ({"reduction": -1.0}, "^reduction -1.0 is not in"),
     ],
     ids=str,
 )

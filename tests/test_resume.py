@@ -87,7 +87,7 @@ def kill_after_every_save(folder: Path) -> int:
     return num_kills
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", methods.EXPENSIVE)
 def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
     config = methods.config(method)
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
