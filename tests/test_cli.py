@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import csv
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -526,12 +527,18 @@ def test_evaluating_a_bad_checkpoint_leaves_the_run_alone(tmp_path: Path) -> Non
     assert last.read_bytes() == good
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
-    experiment(tmp_path, trainer__max_epochs=1000)
-    first = launch.start(COMMAND, tmp_path)
-    while not (tmp_path / "run/last.ckpt").exists():
-        assert first.is_alive()
+def start_training(folder: Path) -> multiprocessing.Process:
+    """Starts a run that does not end by itself, and returns when it has saved."""
+    experiment(folder, trainer__max_epochs=1000)
+    process = launch.start(COMMAND, folder)
+    while not (folder / "run/last.ckpt").exists():
+        assert process.is_alive(), (folder / "output.txt").read_text()
         time.sleep(0.01)
+    return process
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    first = start_training(tmp_path)
     status, output = launch.run(COMMAND, tmp_path)
     first.kill()
     first.join()
@@ -541,11 +548,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
 
 def test_requeued_job_waits_for_what_is_left_of_it(tmp_path: Path) -> None:
     """Of a node that SLURM took for dead."""
-    experiment(tmp_path, trainer__max_epochs=1000)
-    first = launch.start(COMMAND, tmp_path)
-    while not (tmp_path / "run/last.ckpt").exists():
-        assert first.is_alive()
-        time.sleep(0.01)
+    first = start_training(tmp_path)
     requeued = launch.start(COMMAND, tmp_path, {**launch.QUIET, "SLURM_RESTART_COUNT": "1"})
     output = tmp_path / "output.txt"
     while "waits for another process that trains in run" not in output.read_text():
@@ -563,11 +566,7 @@ def test_requeued_job_waits_for_what_is_left_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 def test_signal_is_no_success(number: int, status: int, tmp_path: Path) -> None:
-    experiment(tmp_path, trainer__max_epochs=1000)
-    process = launch.start(COMMAND, tmp_path)
-    while not (tmp_path / "run/last.ckpt").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
+    process = start_training(tmp_path)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == status

@@ -2,8 +2,8 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
 
+import methods
 import pytest
 import torch
 from jsonargparse import Namespace
@@ -31,21 +31,12 @@ class Parser(main.ExperimentCLI):
         return cli.config.fit
 
 
-def build(spec: Any) -> Any:
-    """Returns the object that a class and its arguments stand for, or a plain value."""
-    if not isinstance(spec, Namespace):
-        return spec
-    room, name = spec.class_path.split(".")
-    arguments = {key: build(value) for key, value in vars(spec.init_args).items()}
-    return getattr(importlib.import_module(room), name)(**arguments)
-
-
 @pytest.mark.parametrize("path", SCIENCE, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_experiment_builds(path: Path) -> None:
     config = Parser.parse(path)
     model = config.model.init_args
     with torch.device("meta"):
-        net = build(model.net)
+        net = methods.build(model.net.as_dict())
     data_room, data_name = config.data.class_path.split(".")
     data = getattr(importlib.import_module(data_room), data_name)
     # A folder of images has as many classes as subfolders.
