@@ -2,7 +2,7 @@
 
 SLURM and its kin send a signal some time before they kill. Saving inside a signal handler saves the
 middle of a step, and waits for ranks that are elsewhere. So the handler only remembers;
-`callbacks.RunCheckpoint` asks after every batch, saves on all ranks together, and raises
+`running.RunCheckpoint` asks after every batch, saves on all ranks together, and raises
 `Preempted`. This module imports nothing heavy: it has to be there while torch is imported.
 """
 

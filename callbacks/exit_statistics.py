@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.operating_points import time_points
-from callbacks.sampled_images import SampledTestImages
+from callbacks.sampled_images import SampledTestImages, time_points
 from networks import early_exit, exits_taken, run_to_exit
 
 NUM_BINS = 20  # of an entropy histogram

@@ -37,7 +37,7 @@ RATIOS = (*(number / 20 for number in range(1, 40)), 2.5, 4.0, 8.0, 1e6)
 """Of the shares of two exits in a row: the paper's, and four that leave ever more images to the
 last exit, so that all of a budget can be spent."""
 NUM_TIMED = 64
-"""Images in a batch whose time is measured, as many as `callbacks.OperatingPoints` times."""
+"""Images in a batch whose time is measured, as many as `running.OperatingPoints` times."""
 NO_THRESHOLDS = (
     "a budget needs thresholds, which a validation finds: hold out validation images, and give a "
     "checkpoint of a fit that validates"

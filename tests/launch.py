@@ -80,8 +80,7 @@ def kill_after_save(args: Sequence[str], folder: Path, environment: Environment 
 
 
 def _kill_after_save() -> None:
-    from callbacks import RunCheckpoint
-    from callbacks.checkpointing import LAST
+    from running.checkpoint import LAST, RunCheckpoint
 
     save = RunCheckpoint.save
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from callbacks import BNRecalibration, RunCheckpoint
+from callbacks import BNRecalibration
+from running import RunCheckpoint
 
 
 class PhaseProbe(Callback):

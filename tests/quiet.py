@@ -5,7 +5,7 @@ from typing import Any
 
 from pytorch_lightning import Trainer
 
-from callbacks import AtomicCheckpointIO
+from running import AtomicCheckpointIO
 
 
 def quiet_trainer(folder: Path, **arguments: Any) -> Trainer:

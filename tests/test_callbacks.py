@@ -12,17 +12,11 @@ import torch
 import yaml
 from torch import nn
 
-from callbacks import (
-    AtomicCheckpointIO,
-    CSVHistory,
-    GradientMagnitudeLogger,
-    RunCheckpoint,
-    ThroughputMonitor,
-)
-from callbacks.operating_points import time_points
-from callbacks.sampled_images import SampledTestImages
+from callbacks import GradientMagnitudeLogger, SampledTestImages, ThroughputMonitor
+from callbacks.sampled_images import time_points
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
+from running import AtomicCheckpointIO, CSVHistory, RunCheckpoint
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 

@@ -23,8 +23,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
-import main
 from networks import CifarResNet
+from running import cli
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -482,15 +482,15 @@ def test_exit_status_of_what_others_did(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(main, "ExperimentCLI", Mock(side_effect=error))
-    assert main.main([]) == status
+    monkeypatch.setattr(cli, "ExperimentCLI", Mock(side_effect=error))
+    assert cli.main([]) == status
     assert capsys.readouterr().err.startswith(line)
 
 
 def test_unknown_error_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "ExperimentCLI", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr(cli, "ExperimentCLI", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        main.main([])
+        cli.main([])
 
 
 def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:
@@ -720,7 +720,8 @@ def test_import_stays_lean() -> None:
         "import sys, torch, pytorch_lightning\n"
         "before = set(sys.modules)\n"
         "import main\n"
-        "try: main.ExperimentCLI(['--help'])\n"
+        "from running import cli\n"
+        "try: cli.ExperimentCLI(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
     )

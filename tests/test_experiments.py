@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-import main
+from running import cli
 
 ROOT = Path(__file__).parent.parent
 MACHINES = sorted((ROOT / "experiments/machines").glob("*.yaml"))
@@ -16,7 +16,7 @@ SWEEP = ROOT / "experiments/sweep.yaml"  # see test_sweep.py
 SCIENCE = sorted(set((ROOT / "experiments").rglob("*.yaml")) - {SWEEP, *MACHINES})
 
 
-class Parser(main.ExperimentCLI):
+class Parser(cli.ExperimentCLI):
     """Parses a command line, and goes no further."""
 
     def before_instantiate_classes(self) -> None:

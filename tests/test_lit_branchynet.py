@@ -13,12 +13,7 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.distributions import Categorical
 
-from callbacks import (
-    CSVHistory,
-    ExitStatistics,
-    OperatingPoints,
-    PredictionWriter,
-)
+from callbacks import ExitStatistics
 from callbacks.exit_statistics import curve_rows, entropy_rows, log_to_wandb, trunk_only
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitResNet
@@ -26,6 +21,7 @@ from lightning_modules.branchynet import read_weights
 from lightning_modules.multi_exit import ExitOutputs
 from networks import CifarResNet, ResNetWithExits, count_macs, count_params, early_exit
 from networks.early_exit import ExitCosts
+from running import CSVHistory, OperatingPoints, PredictionWriter
 
 
 def network() -> ResNetWithExits:

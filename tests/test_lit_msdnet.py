@@ -14,7 +14,7 @@ from pytorch_lightning import Trainer, seed_everything
 from quiet import quiet_trainer
 from torch import Tensor
 
-from callbacks import ExitStatistics, OperatingPoints, RunCheckpoint
+from callbacks import ExitStatistics
 from datamodules import DigitsDataModule
 from lightning_modules import LitMSDNet
 from lightning_modules import msdnet as lit_msdnet
@@ -28,6 +28,7 @@ from networks import (
     time_exits,
 )
 from networks.early_exit import ExitCosts
+from running import OperatingPoints, RunCheckpoint
 
 EXITS = ["exit1", "exit2", "exit3", "full"]
 ENSEMBLES = ["ensemble2", "ensemble3", "ensemble4"]

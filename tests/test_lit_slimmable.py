@@ -14,17 +14,12 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import (
-    AtomicCheckpointIO,
-    BNRecalibration,
-    OperatingPoints,
-    RecalibrationSweep,
-    RunCheckpoint,
-)
+from callbacks import BNRecalibration, RecalibrationSweep
 from datamodules import DigitsDataModule
 from lightning_modules import LitSlimmable, LitStochasticDepth, LitUniversallySlimmable
 from networks import CifarResNet, SlimmableCifarResNet, count_macs, count_params, extract
 from networks import recalibrate as recalibrate_by_hand
+from running import AtomicCheckpointIO, OperatingPoints, RunCheckpoint
 
 RANGE = (0.25, 1.0)
 

@@ -10,10 +10,10 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
-from callbacks import OperatingPoints
-from callbacks.operating_points import log_to_wandb
 from datamodules import DigitsDataModule
 from lightning_modules import LitResNet
+from running import OperatingPoints
+from running.result import log_to_wandb
 
 
 class Shrinking(nn.Module):

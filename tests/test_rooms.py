@@ -16,15 +16,20 @@ ALLOWED = {
         *{"torch", "torchvision", "chance", "preemption", "datamodules"},
         *{"numpy", "PIL", "scipy", "sklearn"},  # decoders of files
     },
-    "callbacks": {*LIGHTNING, "torch", "preemption", "networks", "callbacks", "rich", "wandb"},
+    "callbacks": {*LIGHTNING, "torch", "networks", "callbacks", "rich", "wandb"},
     "lightning_modules": {
         *LIGHTNING,
         *{"torch", "torchmetrics", "chance", "networks", "lightning_modules"},
     },
+    "running": {
+        *LIGHTNING,
+        *{"torch", "jsonargparse", "yaml", "rich", "wandb", "preemption"},
+        *{"networks", "datamodules", "lightning_modules", "callbacks", "running"},
+    },
     "benchmarks": {
         *LIGHTNING,
         *{"torch", "torchvision", "numpy", "PIL", "chance"},
-        *{"networks", "datamodules", "lightning_modules", "callbacks", "benchmarks"},
+        *{"networks", "datamodules", "lightning_modules", "callbacks", "running", "benchmarks"},
     },
 }
 

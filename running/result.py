@@ -1,9 +1,7 @@
 """The result of a run: each operating point with its accuracy and its costs."""
 
 import csv
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,15 +9,13 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from callbacks.sampled_images import SampledTestImages
-from networks import wait_for
+from callbacks.sampled_images import SampledTestImages, time_points
 
 RESULT = "operating_points.csv"
 AGAIN = "operating_points_again.csv"
 BATCH_SIZE = 64  # images per forward pass when time is measured
-NUM_ROUNDS = 5  # timed passes of each point, in turn; the median counts
+NUM_ROUNDS = 5
 COLUMNS = ("name", "test_acc", "macs", "params", "ms_per_image")
 
 
@@ -74,28 +70,6 @@ def log_to_wandb(logger: WandbLogger, rows: Sequence[tuple]) -> None:
             table, "macs", "test_acc", title="accuracy against MACs"
         )
     logger.log_metrics(panels)
-
-
-def time_points(
-    points: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Tensor]
-) -> dict[str, float]:
-    """Returns the median milliseconds per image of each point; the points take turns.
-
-    Each round takes the next batch, for the sake of points whose cost depends on the images.
-    """
-    # The last batch may be smaller, and would be slower per image.
-    batches = [batch for batch in batches if len(batch) == len(batches[0])]
-    seconds: dict[str, list[float]] = {name: [] for name in points}
-    for number in range(NUM_ROUNDS + 1):
-        images = batches[number % len(batches)]
-        for name, classify in points.items():
-            wait_for(images.device)
-            start = time.perf_counter()
-            classify(images)
-            wait_for(images.device)
-            if number > 0:  # the first is a warm-up
-                seconds[name].append((time.perf_counter() - start) / len(images))
-    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
 
 
 def print_table(path: Path) -> None:

@@ -4,9 +4,9 @@ What it holds:
 
     config.yaml            what is trained; a changed YAML is refused
     attempts.yaml          one entry per start: time, command, commit, versions, hardware
-    {last,best}.ckpt       see `callbacks.RunCheckpoint`, as is previous.ckpt
+    {last,best}.ckpt       see `running.RunCheckpoint`, as is previous.ckpt
     damaged.ckpt           a last.ckpt that could not be read; the run went on from the one before
-    metrics.csv            see `callbacks.CSVHistory`
+    metrics.csv            see `running.CSVHistory`
     wandb_id wandb/        the W&B run that every attempt continues
     operating_points.csv   the result; `test` writes operating_points_again.csv
     survival.csv exit*.csv recalibration.csv predictions.csv   see `callbacks`
@@ -14,31 +14,24 @@ What it holds:
     lock                   held while a process trains here
 """
 
-import datetime
 import fcntl
-import netrc
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 from zipfile import is_zipfile
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from jsonargparse import Namespace
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from callbacks import CSVHistory, FaultTolerantWandbLogger
-from callbacks.checkpointing import LAST, PREVIOUS
+from running.checkpoint import LAST, PREVIOUS
+from running.environment import environment
+from running.history import CSVHistory
+from running.tracking import Tracking, current_sweep, describe_wandb, open_wandb
 
 # Of a YAML's trainer and data sections, this part is the experiment; the rest says how long, where,
 # how precisely and how verbosely a run trains, and may change between two attempts of it.
@@ -55,57 +48,6 @@ TRAINER_SCIENCE = (
 CHECKPOINT_SCIENCE = ("select", "monitor", "mode")
 # The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
 DATA_LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers")
-
-
-@dataclass
-class Tracking:
-    """Weights & Biases.
-
-    Args:
-        project: project of the run.
-        entity: user or team; None is the default of the account.
-        mode: "auto" is online for a user who is logged in and offline for others; it never asks.
-        tags: tags of the run.
-    """
-
-    project: str = "dynamic-networks"
-    entity: str | None = None
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    tags: list[str] | None = None
-
-    def resolve_mode(self) -> str:
-        """Returns "online", "offline" or "disabled"; WANDB_MODE wins over the others."""
-        if self.mode == "disabled":
-            return self.mode
-        mode = os.environ.get("WANDB_MODE") or self.mode
-        if mode == "auto":
-            return "online" if _logged_in() else "offline"
-        if mode == "online" and not _logged_in():
-            print("W&B: nobody is logged in (wandb login), so it tracks offline", file=sys.stderr)
-            return "offline"
-        return mode
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-class Sweep(NamedTuple):
-    """What `wandb agent` tells a run that it starts."""
-
-    id: str
-    run_id: str
-
-
-def _sweep() -> Sweep | None:
-    ids = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
-    return Sweep(*ids) if all(ids) else None
 
 
 class RunFolder:
@@ -130,7 +72,7 @@ class RunFolder:
         science = [file for file in files if "model" in _read(file)]
         stem = science[0].stem if science else "command_line"
         seed = config["seed_everything"]
-        sweep = _sweep()  # all its runs share one YAML
+        sweep = current_sweep()  # all its runs share one YAML
         leaf = f"sweep-{sweep.id}/{sweep.run_id}" if sweep else f"seed{seed}"
         path = config["run_dir"] or Path("runs", method, stem, leaf)
         return cls(Path(path), f"{method}/{stem}", seed)
@@ -241,88 +183,16 @@ class RunFolder:
         content = _limits(trainer) | {"tested": tested}
         _write(self.path / "finished.yaml", yaml.safe_dump(content))
 
-    # --- tracking ---------------------------------------------------------------------------------
-
     def loggers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
         """Opens the CSV history and the W&B run of this folder."""
         history = CSVHistory(self.path / "metrics.csv")
         if self.last_checkpoint is None:
             history.truncate(0)
-        mode = tracking.resolve_mode()
-        if mode == "disabled":
-            return [history]
-        run = self._open_wandb(tracking, mode, config)
-        return [history, FaultTolerantWandbLogger(experiment=run)]
-
-    @rank_zero_only
-    def _open_wandb(self, tracking: Tracking, mode: str, config: dict[str, Any]) -> Any:
-        import wandb  # slow, and not every command tracks
-
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, a third of its default
-        id_file = self.path / "wandb_id"
-        sweep = _sweep()
-        if sweep or not id_file.exists():
-            _write(id_file, sweep.run_id if sweep else uuid.uuid4().hex[:12])
-        options = {
-            "id": id_file.read_text(),
-            "resume": "allow",
-            "dir": self.path,
-            # In a sweep all would be called the same; W&B numbers them.
-            "name": None if sweep else f"{self.name}/seed{self.seed}",
-            "group": self.name,
-            "project": tracking.project,
-            "entity": tracking.entity,
-            "tags": tracking.tags,
-            "config": {**config, "environment": environment()},
-            "settings": wandb.Settings(silent=True),
-        }
-        try:
-            run = wandb.init(mode=mode, **options)
-        except wandb.errors.Error as error:
-            print(
-                f"W&B refused or was not reached, so it tracks offline ({error})", file=sys.stderr
-            )
-            wandb.teardown()  # the failed attempt still holds the id
-            run = wandb.init(mode="offline", **options)
-        run.define_metric("trainer/global_step")
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        return run
+        return [history, *open_wandb(tracking, self.path, self.name, self.seed, config)]
 
     def describe(self, loggers: list[Logger]) -> str:
         """Says where the run is, and how to look at it in W&B."""
-        lines = [f"run folder: {self.path}"]
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                url = None if logger.experiment.offline else logger.experiment.url
-                lines.append(f"W&B: {url or f'wandb sync {self.path}/wandb/offline-run-*'}")
-        return "\n".join(lines)
-
-
-def environment() -> dict[str, Any]:
-    """Returns what a number must be read with: time, command, commit, versions, hardware."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "pytorch_lightning": pl.__version__,
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "gpus": devices,
-        "host": platform.node(),
-    }
-
-
-def _git(*args: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
+        return "\n".join([f"run folder: {self.path}", *describe_wandb(loggers, self.path)])
 
 
 def _science(config: dict[str, Any]) -> dict[str, Any]:

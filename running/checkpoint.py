@@ -14,7 +14,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, Timer
 
 import preemption
-from callbacks.csv_history import CSVHistory
+from running.history import CSVHistory
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"

@@ -1,0 +1,23 @@
+"""What makes a command a run, and a repeated command a resumed one."""
+
+from running.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from running.cli import ExperimentCLI, main
+from running.folder import RunFolder
+from running.history import CSVHistory
+from running.predictions import PredictionWriter
+from running.result import OperatingPoints
+from running.tracking import Tracking
+from running.wandb_logger import FaultTolerantWandbLogger
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CSVHistory",
+    "ExperimentCLI",
+    "FaultTolerantWandbLogger",
+    "OperatingPoints",
+    "PredictionWriter",
+    "RunCheckpoint",
+    "RunFolder",
+    "Tracking",
+    "main",
+]

@@ -1,0 +1,294 @@
+"""The command line: fit, validate, test and predict, each in the folder of a run."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch.distributed import DistError
+
+import preemption
+from lightning_modules import ImageClassifier
+from running.checkpoint import AtomicCheckpointIO, RunCheckpoint, is_time_over
+from running.folder import RunFolder
+from running.predictions import PredictionWriter
+from running.result import AGAIN, RESULT, OperatingPoints, print_table
+from running.tracking import Tracking
+
+# Mistakes of a user, each told in one line. Anything else is ours and shows its traceback.
+USER_ERRORS = (ArgumentError, MisconfigurationException, ValueError, OSError, FloatingPointError)
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI with run folders. Subcommands: fit, validate, test, predict."""
+
+    def __init__(self, args: Sequence[str] | None = None):
+        parser = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            ImageClassifier,
+            LightningDataModule,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # The run folder keeps the config: Lightning's callback raises when a requeued job finds
+            # one.
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
+            trainer_defaults={
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                # The loaders shard themselves, by (seed, epoch).
+                "use_distributed_sampler": False,
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the subcommands, each with the Trainer's arguments that it does not offer."""
+        data = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+        decided = {"weights_only", "verbose", "return_predictions"}
+        return {name: data | decided for name in ("fit", "validate", "test", "predict")}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="Seed of the run: weights, order, augmentation, gates.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run (default: runs/<method>/<yaml stem>/seed<k>).",
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="Whether fit ends with one evaluation of the test set.",
+        )
+        parser.add_class_arguments(RunCheckpoint, "checkpoint")
+        parser.add_class_arguments(Tracking, "wandb")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything is {seed}: use 0 to 2^32 - 1")
+        super()._set_seed()
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would lay a checkpoint's hyper-parameters over an edited YAML."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        init = self.config_init[self.subcommand]
+        if init.trainer.logger is not None or init.trainer.default_root_dir is not None:
+            raise ValueError(
+                "trainer.logger and trainer.default_root_dir are the run folder's: "
+                "use --wandb.mode and --run_dir"
+            )
+        method = type(self.model).__module__.rsplit(".", 1)[-1]
+        self.run_folder = RunFolder.of(self.config[self.subcommand], method)
+        if init.trainer.fast_dev_run and self.subcommand == "fit":
+            self.run_folder.path = Path(tempfile.mkdtemp(prefix="fast_dev_run"))
+        callbacks = [] if init.trainer.enable_progress_bar is False else [RichProgressBar()]
+        given = init.trainer.callbacks or []
+        callbacks += [*(given if isinstance(given, list) else [given]), PredictionWriter()]
+        if self.subcommand == "fit":
+            callbacks += [OperatingPoints(), LearningRateMonitor()]
+        else:
+            # The result of the run stays what its fit measured.
+            callbacks.append(OperatingPoints(file_name=AGAIN))
+        plugins = [*(init.trainer.plugins or []), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            # Lightning's requeue saves in the middle of a batch, and in every loader worker.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        trainer = super().instantiate_trainer(
+            default_root_dir=str(self.run_folder.path),
+            logger=False,  # fit opens them, once it knows that there is something to train
+            plugins=plugins,
+            callbacks=[*callbacks, init.checkpoint],
+        )
+        tasks = int(os.environ.get("SLURM_NTASKS", 1))
+        if SLURMEnvironment.detect() and tasks != trainer.world_size:
+            raise ValueError(
+                f"SLURM started {tasks} tasks for {trainer.world_size} processes: make --ntasks "
+                "trainer.devices times trainer.num_nodes, and start them with srun"
+            )
+        return trainer
+
+    @property
+    def checkpoint(self) -> RunCheckpoint:
+        return self.config_init[self.subcommand].checkpoint
+
+    def fit(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+    ) -> None:
+        """Trains, or goes on training, then tests once."""
+        preemption.listen()
+        # Lightning would install a handler of SIGTERM that talks to the other ranks, wherever they
+        # are at that moment.
+        self.trainer._signal_connector.register_signal_handlers = preemption.listen
+        folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
+        tracking = self.config_init.fit.wandb
+        if trainer.fast_dev_run:
+            tracking.mode = "disabled"
+        folder.create()
+        folder.lock()
+        self._dump_config()
+        folder.check_config(self.config_dump)
+        if folder.is_finished(trainer, test):
+            if rank_zero_only.rank == 0:
+                print(
+                    f"finished already: {folder.path}; pass --run_dir or another seed for a new run"
+                )
+                print_table(folder.path / RESULT)
+            return
+        folder.repair()
+        resume_from = folder.last_checkpoint or self.run_file(ckpt_path)
+        if folder.last_checkpoint and ckpt_path:
+            rank_zero_warn(
+                f"goes on from {folder.last_checkpoint}, not from --ckpt_path {ckpt_path}"
+            )
+        folder.record_attempt(self.config_dump)
+        trainer.loggers = folder.loggers(tracking, self.config_dump)
+        with contextlib.suppress(preemption.TimeIsOver):
+            trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
+        if is_time_over(trainer):
+            rank_zero_info("trainer.max_time is over: repeat the command to go on")
+            return
+        if test:
+            selected = self.checkpoint.selected(trainer)
+            trainer.test(model, datamodule=datamodule, ckpt_path=selected, verbose=False)
+        folder.mark_finished(trainer, tested=test)
+        if trainer.is_global_zero:
+            print_table(folder.path / RESULT)
+            print(folder.describe(trainer.loggers))
+        # Who has nothing to write waits here, as a scheduler may give the last process little time.
+        trainer.strategy.barrier()
+
+    def validate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+    ) -> None:
+        """Prints the metrics of the validation split."""
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path))
+
+    def test(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+    ) -> None:
+        """Prints the operating points, and writes them to `operating_points_again.csv`."""
+        path = self.trained(ckpt_path)
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)
+        if self.trainer.is_global_zero:
+            print_table(self.run_folder.path / AGAIN)
+
+    def predict(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None,
+    ) -> None:
+        """Writes `predictions.csv`."""
+        path = self.trained(ckpt_path)
+        self.trainer.predict(model, datamodule=datamodule, ckpt_path=path, return_predictions=False)
+
+    def trained(self, ckpt_path: str | None) -> Path:
+        """Returns the checkpoint to evaluate: the given one, else the selected one of the run."""
+        path = self.run_file(ckpt_path) or self.checkpoint.selected(self.trainer)
+        self.run_folder.create()
+        return path
+
+    def run_file(self, ckpt_path: str | None) -> Path | None:
+        """Returns the path of a checkpoint; "last" and "best" are those of the run folder."""
+        if ckpt_path in ("last", "best"):
+            return self.run_folder.path / f"{ckpt_path}.ckpt"
+        return ckpt_path and Path(ckpt_path)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status.
+
+    0; 2 after a mistake; 75, or 143 after SIGTERM, if a scheduler's warning came and the same
+    command goes on; 1 after Ctrl+C, or if another process of the run has ended.
+    """
+    # Lightning's advice about worker processes: our small sets are in memory and have none.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The metrics have been reduced over the ranks when they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+    # With SLURM's srun installed but not used, every Trainer would say so.
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    try:
+        ExperimentCLI(args)
+    except USER_ERRORS as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    except preemption.Preempted as warning:
+        rank_zero_info("saved after a signal: repeat the command to go on")
+        return warning.code
+    except RuntimeError as error:
+        if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
+            raise
+        print(
+            f"error: another process of this run has ended, so this one does ({one_line(error)}): "
+            "see what it printed, then repeat the command to go on",
+            file=sys.stderr,
+        )
+        return 1
+    except SIGTERMException:
+        # Lightning alone would exit with 0, and a scheduler would take the run for done.
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def is_loss_of_a_rank(error: RuntimeError) -> bool:
+    """Tells whether a collective operation failed; gloo has no class for that."""
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message without the types and values that jsonargparse wraps around."""
+    message = " ".join(str(error).split())
+    message = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
+    )
+    message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
+    return re.sub(r" Given value type: .*", "", message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
