@@ -32,12 +32,12 @@ from pytorch_lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
-from benchmarks.timing import describe_machine, median_seconds, parse_options
+from benchmarks.timing import describe_machine, parse_options
 from callbacks import AtomicCheckpointIO, CSVHistory, RunCheckpoint
 from callbacks.checkpointing import LAST
 from datamodules.base import EpochLoader
 from lightning_modules import LitResNet
-from networks import CifarResNet
+from networks import CifarResNet, median_seconds
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 352  # 45,000 training images of CIFAR-10

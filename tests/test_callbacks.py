@@ -19,7 +19,6 @@ from callbacks import (
     RunCheckpoint,
     ThroughputMonitor,
 )
-from callbacks.operating_points import time_points
 from callbacks.sampled_images import SampledTestImages
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
@@ -206,15 +205,6 @@ def test_measured_images_are_of_all_classes() -> None:
     assert len(set(images.tolist())) == 64
     for half in images.split(32):
         assert {image // 50 for image in half.tolist()} == set(range(10))
-
-
-def test_time_is_per_image() -> None:
-    calls = []
-    points = {name: lambda images, name=name: calls.append(name) for name in ("a", "b")}
-    times = time_points(points, torch.zeros(4, 1).split(2))
-    assert calls == ["a", "b"] * 6  # in turns, the first round warms up
-    assert times.keys() == {"a", "b"}
-    assert all(value > 0 for value in times.values())
 
 
 def test_warm_up_then_milestones() -> None:
