@@ -22,15 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from benchmarks.timing import (
-    add_memory_format,
-    best_device,
-    describe_machine,
-    median_seconds,
-    parse_options,
-)
+from benchmarks.timing import add_memory_format, best_device, describe_machine, parse_options
 from chance import generator
-from networks import CifarResNet
+from networks import CifarResNet, median_seconds
 
 FINAL_SURVIVAL_PROB = 0.5
 CLAIM = 0.80

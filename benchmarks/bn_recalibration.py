@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.timing import best_device, describe_machine, median_seconds, parse_options
-from networks import SlimmableCifarResNet, recalibrate
+from benchmarks.timing import best_device, describe_machine, parse_options
+from networks import SlimmableCifarResNet, median_seconds, recalibrate
 
 WIDTHS = [0.25 + 0.05 * index for index in range(16)]
 CLAIM = 1.15

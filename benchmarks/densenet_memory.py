@@ -30,11 +30,10 @@ from benchmarks.timing import (
     add_memory_format,
     best_device,
     describe_machine,
-    median_seconds,
     parse_options,
     training_step,
 )
-from networks import CifarDenseNet, DenseNet
+from networks import CifarDenseNet, DenseNet, median_seconds
 
 CLAIM_BYTES = 0.35
 CLAIM_SECONDS = 1.15

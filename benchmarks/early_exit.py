@@ -30,13 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import (
-    add_memory_format,
-    best_device,
-    describe_machine,
-    median_seconds,
-    parse_options,
-)
+from benchmarks.timing import add_memory_format, best_device, describe_machine, parse_options
 from networks import (
     BranchyAlexNet,
     BranchyLeNet,
@@ -46,11 +40,13 @@ from networks import (
     Staged,
     count_exit_macs,
     early_exit,
+    entropy,
+    geometric_fractions,
+    median_seconds,
     run_all_exits,
     run_to_exit,
     thresholds_for_fractions,
 )
-from networks.early_exit import entropy, geometric_fractions
 
 SPEED_CLAIMS = {1: 0.8, 256: 0.9}
 OVERHEAD_CLAIM = 1.03

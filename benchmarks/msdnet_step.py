@@ -18,14 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import (
-    best_device,
-    describe_machine,
-    median_seconds,
-    parse_options,
-    training_step,
-)
-from networks import MSDNet
+from benchmarks.timing import best_device, describe_machine, parse_options, training_step
+from networks import MSDNet, median_seconds
 
 CLAIM = 1.0
 FACTORS = (1, 2, 4)

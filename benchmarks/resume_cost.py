@@ -32,10 +32,10 @@ from pytorch_lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
-from benchmarks.timing import describe_machine, median_seconds, parse_options
+from benchmarks.timing import describe_machine, parse_options
 from datamodules.base import EpochLoader
 from lightning_modules import LitResNet
-from networks import CifarResNet
+from networks import CifarResNet, median_seconds
 from running import AtomicCheckpointIO, CSVHistory, RunCheckpoint
 from running.checkpoint import LAST
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
-from benchmarks.timing import best_device, describe_machine, median_seconds, parse_options
-from networks import SlimmableMobileNetV2
+from benchmarks.timing import best_device, describe_machine, parse_options
+from networks import SlimmableMobileNetV2, median_seconds
 
 WIDTHS = (1.0, 0.35, 0.5, 0.75)
 CLAIM = 1.03

@@ -1,21 +1,15 @@
-"""Side-by-side timing: contenders take turns, so that a busy machine slows all of them alike.
+"""What the benchmarks share: their options, a training step, and what they are measured on.
 
-Each round has an order of its own: who runs behind whom decides what is in the caches, and which
-memory has been given back.
+Their clock is `networks.median_seconds`.
 """
 
 import argparse
 import os
 import platform
-import random
-import time
-from collections.abc import Callable, Mapping
-from statistics import median
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from networks import wait_for
 
 
 def best_device() -> torch.device:
@@ -72,32 +66,3 @@ def cpu_name() -> str:
             return next(line.split(":")[1].strip() for line in info if "model name" in line)
     except (OSError, StopIteration):
         return platform.machine()
-
-
-def median_seconds(
-    contenders: Mapping[str, Callable[[int], object]],
-    num_rounds: int,
-    device: torch.device,
-    num_warmup_rounds: int,
-) -> dict[str, float]:
-    """Times every contender once per round, in an order that the number of the round decides.
-
-    Args:
-        contenders: functions of the number of the round; warm-up rounds have negative numbers.
-        num_rounds: number of timed rounds.
-        device: where the work happens; its queue is drained around every call.
-        num_warmup_rounds: number of rounds before these, which are not timed.
-
-    Returns:
-        The median time of a call of each contender, in seconds.
-    """
-    seconds = {name: [] for name in contenders}
-    for number in range(-num_warmup_rounds, num_rounds):
-        for name in random.Random(number).sample(list(contenders), len(contenders)):
-            wait_for(device)
-            start = time.perf_counter()
-            contenders[name](number)
-            wait_for(device)
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}

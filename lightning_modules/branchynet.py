@@ -21,8 +21,14 @@ from torch.optim import Adam, Optimizer
 
 from lightning_modules.base import FULL, Batch, OptimizerFactory, SchedulerFactory
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
-from networks import MultiExitNetwork, run_to_exit, screen_thresholds
-from networks.early_exit import MAX_GRID, Criterion, ExitCosts
+from networks import (
+    MAX_GRID,
+    Criterion,
+    ExitCosts,
+    MultiExitNetwork,
+    run_to_exit,
+    screen_thresholds,
+)
 
 MAX_EXITS = int(math.log(MAX_GRID, 3)) + 1  # with one threshold to try, and that of nobody
 

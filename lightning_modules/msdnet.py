@@ -22,22 +22,23 @@ from torch import Tensor
 from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory, sgd
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
 from networks import (
+    TIMED_BATCH_SIZE,
+    ExitCosts,
     MultiExitNetwork,
     Staged,
+    check_budget,
     count_exit_macs,
     exits_taken,
+    geometric_fractions,
     run_all_exits,
     thresholds_for_budget,
     thresholds_for_fractions,
     time_exits,
 )
-from networks.early_exit import ExitCosts, check_budget, geometric_fractions
 
 RATIOS = (*(number / 20 for number in range(1, 40)), 2.5, 4.0, 8.0, 1e6)
 """Of the shares of two exits in a row: the paper's, and four that leave ever more images to the
 last exit, so that all of a budget can be spent."""
-NUM_TIMED = 64
-"""Images in a batch whose time is measured, as many as `running.OperatingPoints` times."""
 NO_THRESHOLDS = (
     "a budget needs thresholds, which a validation finds: hold out validation images, and give a "
     "checkpoint of a fit that validates"
@@ -141,7 +142,7 @@ class LitMSDNet(MultiExitClassifier):
             raise ValueError(NO_THRESHOLDS)
         data = self.trainer.datamodule
         if data is not None:
-            images = torch.zeros(NUM_TIMED, *data.image_shape, device=self.device)
+            images = torch.zeros(TIMED_BATCH_SIZE, *data.image_shape, device=self.device)
             check_budget(*self.budget_and_costs(copy.deepcopy(self.net).eval(), images))
 
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -159,7 +160,7 @@ class LitMSDNet(MultiExitClassifier):
         if self.budget_macs is not None:
             return self.budget_macs, count_exit_macs(network, images[:1]).leaving
         with self.trainer.precision_plugin.forward_context():
-            times = time_exits(network, images[:NUM_TIMED]).leaving
+            times = time_exits(network, images[:TIMED_BATCH_SIZE]).leaving
         # Ranks must not differ about thresholds.
         return self.budget_ms, self.trainer.strategy.broadcast(times)
 

@@ -17,7 +17,11 @@ from lightning_modules.base import (
     SchedulerFactory,
 )
 from networks import (
+    Criterion,
+    ExitCosts,
     MultiExitNetwork,
+    check_criterion,
+    check_thresholds,
     count_exit_macs,
     count_macs,
     count_params,
@@ -26,9 +30,8 @@ from networks import (
     exits_taken,
     run_to_exit,
 )
-from networks.early_exit import Criterion, ExitCosts, check_criterion, check_thresholds
-from networks.early_exit import entropy as entropy_of
-from networks.early_exit import score as score_of
+from networks import entropy as entropy_of
+from networks import exit_score as score_of
 
 GIVEN = "adaptive"
 """Name of the operating point of thresholds that the user gave."""

@@ -33,11 +33,11 @@ from lightning_modules.base import (
 from networks import (
     SlimmableNetwork,
     SwitchableBatchNorm2d,
+    WidthMult,
     count_macs,
     count_params,
     extract,
 )
-from networks.slimmable import WidthMult
 
 
 class SlimmableClassifier(ImageClassifier):

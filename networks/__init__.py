@@ -1,19 +1,31 @@
 """Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
-from networks.cost import count_macs, count_params, count_params_run, wait_for
+from networks.cost import (
+    TIMED_BATCH_SIZE,
+    count_macs,
+    count_params,
+    count_params_run,
+    median_seconds,
+    time_points,
+    wait_for,
+)
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
+    Criterion,
+    ExitCosts,
     MultiExitNetwork,
     Staged,
+    check_criterion,
+    check_thresholds,
+    confidence,
     count_exit_macs,
     early_exit,
+    entropy,
+    exit_score,
     exits_taken,
     run_all_exits,
     run_to_exit,
-    screen_thresholds,
-    thresholds_for_budget,
-    thresholds_for_fractions,
     time_exits,
 )
 from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
@@ -26,17 +38,30 @@ from networks.slimmable import (
     SlimmableLinear,
     SlimmableNetwork,
     SwitchableBatchNorm2d,
+    WidthMult,
     extract,
 )
 from networks.slimmable_resnet import SlimmableCifarResNet, SlimmableResNet
+from networks.thresholds import (
+    MAX_GRID,
+    check_budget,
+    geometric_fractions,
+    screen_thresholds,
+    thresholds_for_budget,
+    thresholds_for_fractions,
+)
 
 __all__ = [
+    "MAX_GRID",
+    "TIMED_BATCH_SIZE",
     "BranchyAlexNet",
     "BranchyLeNet",
     "BranchyResNet",
     "CifarDenseNet",
     "CifarResNet",
+    "Criterion",
     "DenseNet",
+    "ExitCosts",
     "MSDNet",
     "MultiExitNetwork",
     "ResNet",
@@ -52,14 +77,23 @@ __all__ = [
     "SlimmableResNet",
     "Staged",
     "SwitchableBatchNorm2d",
+    "WidthMult",
+    "check_budget",
+    "check_criterion",
+    "check_thresholds",
+    "confidence",
     "count_exit_macs",
     "count_macs",
     "count_params",
     "count_params_run",
     "early_exit",
+    "entropy",
+    "exit_score",
     "exits_taken",
     "extract",
     "fold_survival_probs",
+    "geometric_fractions",
+    "median_seconds",
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
@@ -67,5 +101,6 @@ __all__ = [
     "thresholds_for_budget",
     "thresholds_for_fractions",
     "time_exits",
+    "time_points",
     "wait_for",
 ]

@@ -1,11 +1,20 @@
 """What an operating point costs: multiply-accumulates, parameters, and time on a device."""
 
-from collections.abc import Callable
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+TIMED_BATCH_SIZE = 64
+"""Images in a batch whose time is measured, wherever a time per image is reported."""
+NUM_TIMED_ROUNDS = 5
+"""Times that an operating point is run, of which the median counts; a first time warms up."""
 
 
 def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
@@ -26,12 +35,6 @@ def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function(images)
     return counter.get_total_flops() // 2
-
-
-def wait_for(device: torch.device) -> None:
-    """Returns when a GPU has done what it was given, as every measurement of time has to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def count_params(network: nn.Module) -> int:
@@ -55,3 +58,67 @@ def count_params_run(network: nn.Module, function: Callable[[Tensor], Any], imag
         for hook in hooks:
             hook.remove()
     return sum(parameter.numel() for parameter in used)
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done what it was given, as every measurement of time has to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(
+    contenders: Mapping[str, Callable[[int], object]],
+    num_rounds: int,
+    device: torch.device,
+    num_warmup_rounds: int,
+) -> dict[str, float]:
+    """Times contenders side by side, so that a busy machine slows all of them alike.
+
+    Each runs once per round, in an order that the number of the round decides: who runs behind whom
+    decides what is in the caches, and which memory has been given back.
+
+    Args:
+        contenders: functions of the number of the round; warm-up rounds have negative numbers.
+        num_rounds: number of timed rounds.
+        device: where the work happens; its queue is drained around every call.
+        num_warmup_rounds: number of rounds before these, which are not timed.
+
+    Returns:
+        The median time of a call of each contender, in seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(-num_warmup_rounds, num_rounds):
+        for name in random.Random(number).sample(list(contenders), len(contenders)):
+            wait_for(device)
+            start = time.perf_counter()
+            contenders[name](number)
+            wait_for(device)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def time_points(
+    points: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Tensor]
+) -> dict[str, float]:
+    """Returns the median milliseconds per image of each operating point.
+
+    Each round takes the next batch, for the sake of points whose cost depends on the images.
+
+    Args:
+        points: what to run, by name.
+        batches: (N, C, H, W) each. Smaller ones than the first are left out: they would be slower
+            per image.
+    """
+    batches = [batch for batch in batches if len(batch) == len(batches[0])]
+
+    def classify(point: Callable[[Tensor], object], number: int) -> object:
+        return point(batches[(number + 1) % len(batches)])  # the warm-up has number -1
+
+    contenders = {name: partial(classify, point) for name, point in points.items()}
+    seconds = median_seconds(contenders, NUM_TIMED_ROUNDS, batches[0].device, num_warmup_rounds=1)
+    return {name: 1000 * value / len(batches[0]) for name, value in seconds.items()}

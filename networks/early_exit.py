@@ -1,14 +1,15 @@
 """Leaving a network early: when an image is sure of its class, and what is then never computed.
 
 Teerapittayanon et al., BranchyNet (ICPR 2016, arXiv 1709.01686): entropy
-Huang et al., Multi-Scale Dense Networks (ICLR 2018, arXiv 1703.09844): confidence, budgets
+Huang et al., Multi-Scale Dense Networks (ICLR 2018, arXiv 1703.09844): confidence
 
     state_k = stage_k(state_{k-1}),  logits_k = exit_k(state_k),  k = 1..K
     an image leaves at the first k where entropy(softmax(logits_k)) < T_k  (or confidence >= T_k)
 
 A network with exits has `stages` and `exits`, separately callable, as many of one as of the other.
 A state is a tensor, or any tree of tensors (tuples, lists, dicts), whose first dimension is the
-batch. The last exit answers whoever is left, so K exits take K - 1 thresholds.
+batch. The last exit answers whoever is left, so K exits take K - 1 thresholds; how to find them is
+in `networks.thresholds`.
 
 Differences from the released code:
     * BranchyNet's measures the trunk alone; here, too, branches are run only for the images that
@@ -19,8 +20,6 @@ Differences from the released code:
 
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -29,21 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from networks.cost import count_macs, wait_for
+from networks.cost import NUM_TIMED_ROUNDS, count_macs, median_seconds
 from networks.rows import take_rows
 
 Criterion = Literal["entropy", "confidence"]
+Criterion.__doc__ = "What says how sure an image is of its class: see `entropy`, `confidence`."
 State = Any
-
-ENTROPY_GRID = (
-    *(1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075),
-    *(0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0),
-)
-"""Thresholds that BranchyNet's authors try at every exit."""
-CONFIDENCE_GRID = (0.9999, 0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.0)
-"""Ours: the paper that leaves by confidence sets thresholds by fractions."""
-MAX_GRID = 2_000_000
-"""Points of a screening; some hundred bytes each."""
 
 
 class HasExits(Protocol):
@@ -179,29 +169,28 @@ def count_exit_macs(network: HasExits, images: Tensor) -> ExitCosts:
     return ExitCosts(stages, exits)
 
 
-def time_exits(network: HasExits, images: Tensor, num_rounds: int = 5) -> ExitCosts:
-    """Measures the milliseconds per image of every stage and every exit, medians over rounds.
+@torch.no_grad()
+def time_exits(network: HasExits, images: Tensor, num_rounds: int = NUM_TIMED_ROUNDS) -> ExitCosts:
+    """Measures the milliseconds per image of every stage and every exit; see `median_seconds`.
 
     Args:
         network: in evaluation mode.
         images: (N, C, H, W), computed together.
         num_rounds: how often each is run, after a first time that does not count.
     """
-    steps = [part for pair in zip(network.stages, network.exits, strict=True) for part in pair]
-    seconds: list[list[float]] = [[] for _ in steps]
-    for _ in range(num_rounds + 1):
-        state: State = images
-        for index, step in enumerate(steps):
-            wait_for(images.device)
-            start = time.perf_counter()
-            with torch.no_grad():
-                result = step(state)
-            wait_for(images.device)
-            seconds[index].append(time.perf_counter() - start)
-            if index % 2 == 0:
-                state = result
-    medians = [1000 * statistics.median(times[1:]) / len(images) for times in seconds]
-    return ExitCosts(medians[::2], medians[1::2])
+    state: State = images
+    steps: dict[str, Callable[[int], object]] = {}
+    for index, (stage, exit_here) in enumerate(zip(network.stages, network.exits, strict=True)):
+        steps[f"stage{index}"] = partial(_run, stage, state)
+        state = stage(state)
+        steps[f"exit{index}"] = partial(_run, exit_here, state)
+    seconds = median_seconds(steps, num_rounds, images.device, num_warmup_rounds=1)
+    milliseconds = [1000 * value / len(images) for value in seconds.values()]
+    return ExitCosts(milliseconds[::2], milliseconds[1::2])
+
+
+def _run(step: Callable[[State], object], state: State, _: int) -> object:
+    return step(state)
 
 
 # --- criteria -------------------------------------------------------------------------------------
@@ -228,7 +217,7 @@ def _widen(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def score(logits: Tensor, criterion: Criterion) -> Tensor:
+def exit_score(logits: Tensor, criterion: Criterion) -> Tensor:
     """Returns what a criterion compares with its thresholds: entropy or confidence, (N,)."""
     return entropy(logits) if criterion == "entropy" else confidence(logits)
 
@@ -315,7 +304,7 @@ def early_exit(
         if index == len(thresholds):
             _require_finite(logits)
             break
-        leaving = leaves(score(logits, criterion), thresholds[index], criterion)
+        leaving = leaves(exit_score(logits, criterion), thresholds[index], criterion)
         num_leaving = int(leaving.sum() if len(leaving) != 1 else leaving)
         if num_leaving == len(leaving):
             break
@@ -366,257 +355,3 @@ def exits_taken(scores: Tensor, thresholds: Sequence[float], criterion: Criterio
     leaving = leaves(scores[:, : len(limits)], limits, criterion)
     everyone = leaving.new_ones(len(scores), 1)
     return torch.cat([leaving, everyone], 1).byte().argmax(1)
-
-
-# --- thresholds -----------------------------------------------------------------------------------
-
-
-class Screening(NamedTuple):
-    """Every point of a grid of thresholds, and those worth having."""
-
-    thresholds: Tensor
-    """(P, K - 1)."""
-    accuracy: Tensor
-    """(P,) share of the images that are right at the exit they take."""
-    cost: Tensor
-    """(P,) mean over the images, in the unit of the costs."""
-    shares: Tensor
-    """(P, K) share of the images that take each exit."""
-    front: Tensor
-    """Indices of the points that no cheaper or equally cheap point beats, by rising cost."""
-    knee: int
-    """Index of the point of the front that lies highest above the line between its two ends."""
-
-    def cheapest(self, min_accuracy: float) -> int:
-        """Returns the index of the cheapest point that is at least so accurate.
-
-        Raises:
-            ValueError: none is.
-        """
-        good = self.front[self.accuracy[self.front] >= min_accuracy]
-        if len(good) == 0:
-            raise ValueError(
-                f"no thresholds of the grid reach an accuracy of {min_accuracy}: the best is "
-                f"{self.accuracy[self.front[-1]].item()}"
-            )
-        return int(good[0])
-
-
-def screen_thresholds(
-    scores: Tensor,
-    correct: Tensor,
-    costs: Sequence[float],
-    criterion: Criterion = "entropy",
-    candidates: Sequence[float] | None = None,
-) -> Screening:
-    """Tries all combinations of candidate thresholds over the exits, at once.
-
-    An image's score falls between two neighbouring candidates at every exit, and what happens to
-    it depends on nothing else. So the images are counted into cells, one for each combination of
-    neighbours, and sums over cells give every point of the grid: its time does not grow with
-    images times points.
-
-    Args:
-        scores: (N, K), criterion of each image at each exit; those of the last do not count.
-        correct: (N, K) bool, whether each exit is right.
-        costs: of an image that leaves at each exit, shallow to deep; any unit.
-        criterion: what the scores are.
-        candidates: thresholds to try at every exit; None: `ENTROPY_GRID` or `CONFIDENCE_GRID` (of
-            many exits, only every second of them, or fourth, ...), and one at which nobody leaves.
-
-    Raises:
-        ValueError: shapes that do not fit, no images, a candidate that is NaN, or a grid of more
-            than `MAX_GRID` points.
-    """
-    check_criterion(criterion)
-    num_images, num_exits = correct.shape
-    num_axes = num_exits - 1
-    shapes = [(num_images, num_exits), (num_images, num_axes)]
-    if tuple(scores.shape) not in shapes or len(costs) != num_exits or num_exits < 2:
-        raise ValueError(
-            f"scores {tuple(scores.shape)}, correct {tuple(correct.shape)} and {len(costs)} costs "
-            "do not fit: give (N, K), (N, K) and K, of two exits or more"
-        )
-    if num_images == 0:
-        raise ValueError("no images to find thresholds with: hold out a validation split")
-    if candidates is None:
-        candidates = ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID
-        while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
-            candidates = candidates[::2]
-        candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
-    if any(math.isnan(candidate) for candidate in candidates):
-        raise ValueError("a candidate threshold is NaN: give numbers")
-    # From strict, at which few leave, to lax.
-    candidates = sorted(set(candidates), reverse=criterion == "confidence")
-    size = len(candidates)
-    if (size + 1) ** num_axes > MAX_GRID:
-        raise ValueError(
-            f"{size} candidates at {num_axes} exits make a grid that is too large: give fewer, "
-            "or use thresholds_for_budget"
-        )
-
-    # rank: how many candidates are too strict for the image to leave.
-    grid = torch.tensor(candidates, dtype=scores.dtype, device=scores.device)
-    ranks = (~leaves(scores[:, :num_axes, None], grid, criterion)).sum(2)
-    everyone = torch.ones_like(correct, dtype=torch.bool)
-    counts = _count_leavers(ranks, everyone, size).double()
-    accuracy = _count_leavers(ranks, correct.bool(), size).sum(1).double() / num_images
-    # Divided last: sums of whole numbers are exact, so that equal costs are equal.
-    cost = counts @ torch.tensor(costs, dtype=torch.float64, device=counts.device) / num_images
-    points = torch.cartesian_prod(*[torch.tensor(candidates, dtype=torch.float64)] * num_axes)
-    front = _front(cost, accuracy)
-    return Screening(
-        points.reshape(-1, num_axes),
-        *(values.cpu() for values in (accuracy, cost, counts / num_images, front)),
-        knee=int(front[_knee(cost[front], accuracy[front])]),
-    )
-
-
-def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:
-    """Counts who leaves where at every point of the grid.
-
-    Args:
-        ranks: (N, A), of each image at each exit but the last: 0..size.
-        which: (N, A + 1) bool, the images that count at each exit.
-        size: number of candidates.
-
-    Returns:
-        (size ** A, A + 1).
-    """
-    num_axes = ranks.shape[1]
-    counts = []
-    for index in range(num_axes + 1):
-        cells = _count_cells(ranks[which[:, index], : index + 1], size)
-        for axis in range(cells.dim()):
-            below = cells.cumsum(axis)
-            leave_here = axis == index
-            # Who leaves at this exit has left at none before.
-            cells = below if leave_here else below.narrow(axis, size, 1) - below
-            cells = cells.narrow(axis, 0, size)
-        shape = [size] * cells.dim() + [1] * (num_axes - cells.dim())
-        counts.append(cells.reshape(shape).expand([size] * num_axes).flatten())
-    return torch.stack(counts, 1)
-
-
-def _count_cells(ranks: Tensor, size: int) -> Tensor:
-    """Counts the images (N, A) of each combination of ranks 0..size, in an array of A axes."""
-    num_axes = ranks.shape[1]
-    weights = torch.tensor([(size + 1) ** axis for axis in reversed(range(num_axes))])
-    cells = (ranks * weights.to(ranks)).sum(1)
-    counts = torch.bincount(cells, minlength=(size + 1) ** num_axes)
-    return counts.reshape([size + 1] * num_axes)
-
-
-def _front(cost: Tensor, accuracy: Tensor) -> Tensor:
-    """Returns the indices of the points that raise the best accuracy so far, by rising cost."""
-    order = accuracy.argsort(descending=True, stable=True)
-    order = order[cost[order].argsort(stable=True)]
-    rising = accuracy[order]
-    best_before = torch.cat([rising.new_full((1,), -1), rising.cummax(0).values[:-1]])
-    return order[rising > best_before]
-
-
-def _knee(cost: Tensor, accuracy: Tensor) -> int:
-    """Returns the position on a front of the point highest above the line between its ends."""
-    if len(cost) == 1:
-        return 0
-    x = (cost - cost[0]) / (cost[-1] - cost[0])
-    y = (accuracy - accuracy[0]) / (accuracy[-1] - accuracy[0])
-    return int((y - x).argmax())
-
-
-def thresholds_for_fractions(
-    scores: Tensor, fractions: Sequence[float], criterion: Criterion = "confidence"
-) -> list[float]:
-    """Returns the thresholds at which given shares of the images take each exit (MSDNet's rule).
-
-    At each exit the surest of those who are left leave, ties included. Where a share is less than
-    an image, or more than who is left, nobody leaves. Use validation data, never test data.
-
-    Args:
-        scores: (N, K), or (N, K - 1).
-        fractions: K numbers that sum to 1.
-        criterion: what the scores are.
-
-    Raises:
-        ValueError: the fractions do not fit.
-    """
-    check_criterion(criterion)
-    if scores.shape[1] not in (len(fractions), len(fractions) - 1):
-        raise ValueError(
-            f"{len(fractions)} fractions for scores {tuple(scores.shape)}: give one per exit"
-        )
-    if min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-4):
-        raise ValueError(f"fractions {list(fractions)} are no shares: they must sum to 1")
-    is_entropy = criterion == "entropy"
-    # In single precision, as in the released code.
-    counts = (torch.tensor(fractions, dtype=torch.float32) * len(scores)).floor().long().tolist()
-    inside = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    thresholds = []
-    for index, count in enumerate(counts[:-1]):
-        candidates = scores[inside, index]
-        candidates = candidates[~candidates.isnan()].sort(descending=not is_entropy).values
-        if count == 0 or count > inside.sum() or len(candidates) == 0:
-            threshold = -math.inf if is_entropy else math.inf
-        else:
-            limit = candidates[min(count, len(candidates)) - 1]
-            if is_entropy:  # who is at the limit leaves, and to leave is to be strictly below
-                limit = limit.nextafter(limit.new_tensor(math.inf))
-            threshold = limit.item()
-        thresholds.append(threshold)
-        inside &= ~leaves(scores[:, index], threshold, criterion)
-    return thresholds
-
-
-def geometric_fractions(ratio: float, num_exits: int) -> list[float]:
-    """Returns MSDNet's shares of the exits: each exit has `ratio` times that of the one before."""
-    # From the larger end, so that no power overflows.
-    powers = [min(ratio, 1 / ratio) ** index for index in range(num_exits)]
-    if ratio > 1:
-        powers.reverse()
-    return [power / sum(powers) for power in powers]
-
-
-def check_budget(budget: float, costs: Sequence[float]) -> None:
-    """Raises ValueError if a mean cost per image is outside what the exits cost."""
-    if not costs[0] <= budget <= costs[-1]:
-        raise ValueError(
-            f"a budget of {budget:,.10g} per image is outside what the exits cost: "
-            f"{costs[0]:,.10g} to {costs[-1]:,.10g}"
-        )
-
-
-def thresholds_for_budget(
-    scores: Tensor, costs: Sequence[float], budget: float, criterion: Criterion = "confidence"
-) -> list[float]:
-    """Returns the thresholds that spend at most `budget` per image on average, and almost that.
-
-    The shares of the exits are geometric; their ratio is found by bisection.
-
-    Args:
-        scores: (N, K), of validation data.
-        costs: of an image that leaves at each exit, shallow to deep.
-        budget: mean cost per image, in the unit of the costs.
-        criterion: what the scores are.
-
-    Raises:
-        ValueError: no images, or a budget outside what the exits span.
-    """
-    check_budget(budget, costs)
-    if len(scores) == 0:
-        raise ValueError("no images to find thresholds with: hold out a validation split")
-    price = torch.tensor(costs, dtype=torch.float64)
-    low, high = -50.0, 50.0  # of the logarithm of the ratio
-    best, best_cost = None, -1.0
-    for log_ratio in itertools.chain((low, high), itertools.repeat(None, 50)):
-        middle = (low + high) / 2 if log_ratio is None else log_ratio
-        fractions = geometric_fractions(math.exp(middle), len(costs))
-        thresholds = thresholds_for_fractions(scores, fractions, criterion)
-        cost = price[exits_taken(scores, thresholds, criterion).cpu()].mean().item()
-        if best_cost < cost <= budget:
-            best, best_cost = thresholds, cost
-        if log_ratio is None:
-            low, high = (middle, high) if cost <= budget else (low, middle)
-    if best is None:
-        raise ValueError(f"no thresholds keep to a budget of {budget:,.0f} per image: raise it")
-    return best

@@ -22,11 +22,11 @@ from networks import (
     count_exit_macs,
     count_params,
     early_exit,
+    exit_score,
     exits_taken,
     run_all_exits,
 )
 from networks.branchynet import LocalResponseNorm, pool, pooled
-from networks.early_exit import score
 from networks.resnet import PadShortcut
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=25)
@@ -589,7 +589,7 @@ def test_leaving_early_through_gates_is_the_full_pass(kind, form):
 
 def assert_leaves_as_the_full_pass(network, images, full, criterion, tolerance=1e-10):
     """Puts thresholds half way between two images, so that no rounding decides who leaves."""
-    scores = torch.stack([score(logits, criterion) for logits in full], 1)
+    scores = torch.stack([exit_score(logits, criterion) for logits in full], 1)
     thresholds = []
     for index in range(len(full) - 1):
         values = scores[:, index].sort().values

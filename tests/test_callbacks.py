@@ -13,7 +13,6 @@ import yaml
 from torch import nn
 
 from callbacks import GradientMagnitudeLogger, SampledTestImages, ThroughputMonitor
-from callbacks.sampled_images import time_points
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
 from running import AtomicCheckpointIO, CSVHistory, RunCheckpoint
@@ -200,15 +199,6 @@ def test_measured_images_are_of_all_classes() -> None:
     assert len(set(images.tolist())) == 64
     for half in images.split(32):
         assert {image // 50 for image in half.tolist()} == set(range(10))
-
-
-def test_time_is_per_image() -> None:
-    calls = []
-    points = {name: lambda images, name=name: calls.append(name) for name in ("a", "b")}
-    times = time_points(points, torch.zeros(4, 1).split(2))
-    assert calls == ["a", "b"] * 6  # in turns, the first round warms up
-    assert times.keys() == {"a", "b"}
-    assert all(value > 0 for value in times.values())
 
 
 def test_warm_up_then_milestones() -> None:

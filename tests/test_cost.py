@@ -1,10 +1,26 @@
-"""Parameters and multiply-accumulates against the papers and an independent count: no tolerance."""
+"""Parameters and multiply-accumulates against the papers and an independent count: no tolerance.
+
+And the stopwatch, with a clock that the test sets.
+"""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from networks import CifarResNet, ResNet, count_macs, count_params
+from networks import (
+    CifarResNet,
+    ExitCosts,
+    ResNet,
+    Staged,
+    cost,
+    count_macs,
+    count_params,
+    median_seconds,
+    time_exits,
+    time_points,
+)
 
 CIFAR_PARAMS = [  # depth, option A (and plain), option B; He et al. table 6 rounds them
     (20, 269_722, 272_474),
@@ -193,3 +209,85 @@ def test_macs_of_gates_per_sample_are_those_of_the_surviving_samples():
         branch = macs[block.conv1] + macs[block.conv2]
         expected -= branch * (num_images - num_survivors) // num_images
     assert count_macs(lambda x: network(x, gates), images) == expected
+
+
+# --- Time -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stops the clock of the stopwatch; returns what advances it, by seconds."""
+    now = [0.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
+
+
+CPU = torch.device("cpu")
+
+
+def test_contenders_take_turns_in_an_order_of_each_round():
+    rounds: dict[int, list[str]] = {}
+
+    def run(name: str, number: int) -> None:
+        rounds.setdefault(number, []).append(name)
+
+    contenders = {name: lambda number, name=name: run(name, number) for name in "abcd"}
+    times = median_seconds(contenders, 9, CPU, num_warmup_rounds=2)
+    assert list(times) == list("abcd")
+    assert list(rounds) == list(range(-2, 9))
+    assert all(sorted(order) == list("abcd") for order in rounds.values())
+    assert len({tuple(order) for order in rounds.values()}) > 4
+    again = dict(rounds)
+    rounds.clear()
+    median_seconds(contenders, 9, CPU, num_warmup_rounds=2)
+    assert rounds == again
+
+
+def test_the_median_of_the_timed_rounds_counts(clock):
+    seconds = {-1: 100.0, 0: 1.0, 1: 5.0, 2: 2.0}
+    contenders = {"a": lambda n: clock(seconds[n]), "b": lambda n: clock(10 * seconds[n])}
+    times = median_seconds(contenders, 3, CPU, num_warmup_rounds=1)
+    assert times == pytest.approx({"a": 2.0, "b": 20.0})
+
+
+def test_time_of_points_is_per_image_and_each_round_takes_the_next_batch(clock):
+    seen: dict[str, list[int]] = {"fast": [], "slow": []}
+
+    def run(name: str, images: torch.Tensor) -> None:
+        assert not torch.is_grad_enabled()
+        seen[name].append(int(images[0]))
+        slow = 100.0 if len(seen[name]) == 1 else 1.0  # the first round warms up
+        clock(slow * (4.0 if name == "slow" else 1.0))
+
+    points = {name: lambda images, name=name: run(name, images) for name in seen}
+    # Batches 0, 4, 8 of four images; the last one is smaller, and would be slower per image.
+    batches = torch.arange(14, device=CPU).split(4)
+    times = time_points(points, batches)
+    assert seen == {"fast": [0, 4, 8] * 2, "slow": [0, 4, 8] * 2}
+    assert times == pytest.approx({"fast": 250.0, "slow": 1000.0})
+
+
+def test_time_of_exits_is_that_of_each_stage_and_each_exit(clock):
+    """Every stage and exit reads what the stages before it made; the first round does not count."""
+    seconds = {"stage0": 1.0, "exit0": 0.25, "stage1": 3.0, "exit1": 0.5}
+    num_calls = dict.fromkeys(seconds, 0)
+
+    def take(name: str, state: torch.Tensor, index: int) -> torch.Tensor:
+        assert state.tolist() == [index] * 4
+        num_calls[name] += 1
+        # The first call of a stage makes the states, the next of all parts is the warm-up.
+        is_timed = num_calls[name] > (2 if "stage" in name else 1)
+        clock(seconds[name] if is_timed else 100.0)
+        return state + 1
+
+    stages = [lambda x, k=k: take(f"stage{k}", x, k) for k in range(2)]
+    exits = [lambda x, k=k: take(f"exit{k}", x, k + 1) for k in range(2)]
+    costs = time_exits(Staged(stages, exits), torch.zeros(4, device=CPU), num_rounds=3)
+    assert num_calls == {"stage0": 5, "exit0": 4, "stage1": 5, "exit1": 4}
+    # Milliseconds per image, of four.
+    assert costs == ExitCosts([250.0, 750.0], [62.5, 125.0])
+    assert costs.leaving == [312.5, 1187.5]

@@ -20,24 +20,21 @@ from networks import (
     MultiExitNetwork,
     ResNetWithExits,
     Staged,
+    confidence,
     count_exit_macs,
     early_exit,
+    entropy,
+    exit_score,
     exits_taken,
+    geometric_fractions,
     run_all_exits,
     run_to_exit,
     screen_thresholds,
     thresholds_for_budget,
     thresholds_for_fractions,
 )
-from networks.early_exit import (
-    CONFIDENCE_GRID,
-    ENTROPY_GRID,
-    confidence,
-    entropy,
-    geometric_fractions,
-    leaves,
-    score,
-)
+from networks.early_exit import leaves
+from networks.thresholds import CONFIDENCE_GRID, ENTROPY_GRID
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -147,7 +144,7 @@ def cases(draw, min_images: int = 0, min_exits: int = 1) -> tuple[Tensor, str, l
     criterion = draw(st.sampled_from(CRITERIA))
     thresholds = []
     for index in range(num_exits - 1):
-        scores = score(logits[:, index], criterion).sort().values.tolist()
+        scores = exit_score(logits[:, index], criterion).sort().values.tolist()
         middle_first = scores[len(scores) // 2 :] + scores[: len(scores) // 2]
         ends = [0.0, 0.5, 1.0, 3.0, math.inf, -math.inf]
         thresholds.append(draw(st.sampled_from([*middle_first, *middle_first, *ends])))
@@ -159,7 +156,7 @@ def first_exits(logits: Tensor, thresholds: list[float], criterion: str) -> list
     taken = []
     for image in logits:
         for index, threshold in enumerate(thresholds):
-            value = score(image[index : index + 1], criterion).item()
+            value = exit_score(image[index : index + 1], criterion).item()
             limit = torch.tensor(threshold, dtype=SCORE_DTYPES[logits.dtype]).item()
             if value < limit if criterion == "entropy" else value >= limit:
                 break
@@ -187,7 +184,7 @@ def test_leaving_early_is_the_full_pass_at_that_exit(device, case, kind, memory_
     assert torch.equal(full.cpu(), logits)
     expected = torch.tensor(first_exits(logits, thresholds, criterion), dtype=torch.int64)
     assert torch.equal(answers.exit_index.cpu(), expected)
-    scores = torch.stack([score(full[:, index], criterion) for index in range(num_exits)], 1)
+    scores = torch.stack([exit_score(full[:, index], criterion) for index in range(num_exits)], 1)
     assert torch.equal(exits_taken(scores, thresholds, criterion).cpu(), expected)
     assert torch.equal(exits_taken(scores[:, :-1], thresholds, criterion).cpu(), expected)
     assert answers.logits.dtype == logits.dtype
@@ -456,7 +453,7 @@ def test_criteria_are_scipys(device, seed, num_images, num_classes, scale, dtype
         ("entropy", scipy.stats.entropy(probs, axis=1)),
         ("confidence", probs.max(1, initial=0)),
     ]:
-        actual = score(logits.to(device), criterion).cpu()
+        actual = exit_score(logits.to(device), criterion).cpu()
         assert actual.dtype == wide
         torch.testing.assert_close(
             actual.double(), torch.as_tensor(expected).double(), rtol=0, atol=tolerance
@@ -479,7 +476,7 @@ def test_no_score_without_finite_logits(criterion, poison):
     for position in range(3):
         logits = torch.tensor([[1.0, 2.0, 3.0], [30.0, 2.0, 1.0]])
         logits[0, position] = poison
-        assert score(logits, criterion).isnan().tolist() == [True, False]
+        assert exit_score(logits, criterion).isnan().tolist() == [True, False]
 
 
 def test_only_confidence_leaves_at_its_threshold():

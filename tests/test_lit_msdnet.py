@@ -1,7 +1,6 @@
 """Anytime prediction and budgets: every number computed another way."""
 
 import csv
-import importlib
 import itertools
 import math
 from functools import partial
@@ -19,15 +18,14 @@ from datamodules import DigitsDataModule
 from lightning_modules import LitMSDNet
 from lightning_modules import msdnet as lit_msdnet
 from networks import (
+    ExitCosts,
     MSDNet,
     Staged,
     count_exit_macs,
     count_macs,
     count_params,
     run_all_exits,
-    time_exits,
 )
-from networks.early_exit import ExitCosts
 from running import OperatingPoints, RunCheckpoint
 
 EXITS = ["exit1", "exit2", "exit3", "full"]
@@ -269,26 +267,3 @@ def test_one_way_to_say_when_to_leave() -> None:
     ):
         with pytest.raises(ValueError, match="give one of budget_macs, budget_ms and exit_thr"):
             LitMSDNet(network(), **arguments)
-
-
-def test_time_of_the_exits_is_measured_in_turn(monkeypatch) -> None:
-    """Stage and exit, shallow to deep; the first round does not count."""
-    calls = []
-    clock = [0.0]
-    early_exit = importlib.import_module("networks.early_exit")
-    monkeypatch.setattr(early_exit.time, "perf_counter", lambda: clock[0])
-    seconds = {"stage0": 1.0, "exit01": 0.25, "stage1": 3.0, "exit12": 0.5}
-
-    def take(name: str) -> None:
-        clock[0] += seconds[name] if len(calls) >= 4 else 100.0
-        calls.append(name)
-
-    class Recorded:
-        stages = tuple(lambda x, k=k: take(f"stage{k}") or x + 1 for k in range(2))
-        exits = tuple(lambda x, k=k: take(f"exit{k}{int(x[0])}") or x for k in range(2))
-
-    costs = time_exits(Recorded(), torch.zeros(4), num_rounds=3)
-    assert calls == 4 * ["stage0", "exit01", "stage1", "exit12"]
-    # Milliseconds per image, of four.
-    assert costs == ExitCosts([250.0, 750.0], [62.5, 125.0])
-    assert costs.leaving == [312.5, 1187.5]

@@ -16,10 +16,11 @@ from networks import (
     count_exit_macs,
     count_params,
     early_exit,
+    exit_score,
     run_all_exits,
     run_to_exit,
 )
-from networks.early_exit import leaves, score
+from networks.early_exit import leaves
 from networks.rows import take_rows
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -669,7 +670,7 @@ def test_leaving_early_is_the_full_pass_at_that_exit(name, lazy, criterion, devi
     with torch.no_grad():
         full = torch.stack(network(images), 1)
     num_exits = network.num_exits
-    scores = torch.stack([score(full[:, index], criterion) for index in range(num_exits)], 1)
+    scores = torch.stack([exit_score(full[:, index], criterion) for index in range(num_exits)], 1)
     thresholds, inside = [], torch.ones_like(scores[:, 0], dtype=torch.bool)
     for column in scores.T[:-1]:  # half of those who are left leave, and nobody narrowly
         values = column[inside].sort().values

@@ -1,0 +1,107 @@
+"""Where callbacks tell what they have found: loggers, files in the run folder, the terminal."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table as RichTable
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    key: str
+    """Name in files and in W&B."""
+    title: str = ""
+    """Heading on the terminal."""
+    format: str = ""
+    """How a number is shown there, as in ``format(number, ".2%")``; "" for text."""
+
+
+class Table:
+    """Rows under columns, for a file, for the terminal and for W&B.
+
+    Args:
+        columns: in their order.
+        rows: values in the order of the columns; None is an empty cell.
+    """
+
+    def __init__(self, columns: Iterable[Column | str], rows: Iterable[Sequence[Any]]):
+        self.columns = [Column(each) if isinstance(each, str) else each for each in columns]
+        self.rows = [list(row) for row in rows]
+
+    @property
+    def keys(self) -> list[str]:
+        return [column.key for column in self.columns]
+
+    def write(self, path: Path) -> None:
+        """Writes a CSV file: the old one or the new one, whatever happens meanwhile."""
+        part = path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([self.keys, *self.rows])
+        os.replace(part, path)
+
+    @classmethod
+    def read(cls, path: Path, columns: Sequence[Column]) -> "Table":
+        """Reads a CSV file that has these columns, all of them numbers but those without format."""
+        with path.open(newline="") as file:
+            rows = [
+                [float(row[key]) if style else row[key] for key, _, style in columns]
+                for row in csv.DictReader(file)
+            ]
+        return cls(columns, rows)
+
+    def show(self, title: str) -> None:
+        """Prints the table."""
+        table = RichTable(title=title)
+        for column in self.columns:
+            table.add_column(column.title, justify="right" if column.format else "left")
+        for row in self.rows:
+            cells = zip(self.columns, row, strict=True)
+            table.add_row(*("" if cell is None else format(cell, c.format) for c, cell in cells))
+        Console().print(table)
+
+    def to_wandb(self) -> Any:
+        """Returns the same as a `wandb.Table`."""
+        import wandb  # slow to import, and only those who log to it pay
+
+        return wandb.Table(columns=self.keys, data=self.rows)
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Gives numbers to every logger, under the latest step and its epoch."""
+    for logger in trainer.loggers:
+        row = {**metrics, "epoch": trainer.current_epoch}
+        logger.log_metrics(row, trainer.global_step - 1)
+
+
+def log_panels(trainer: Trainer, make: Callable[[Any], Mapping[str, Any]]) -> None:
+    """Gives tables and plots to W&B, if the run is tracked there.
+
+    Args:
+        trainer: has the loggers.
+        make: from the module `wandb`, which is slow to import, to panels by name.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.log_metrics(make(wandb))
+
+
+def is_result(trainer: Trainer) -> bool:
+    """Tells whether the test at hand is the result of a run: after its fit, on all test images."""
+    limit = trainer.limit_test_batches
+    has_fit = trainer.fit_loop.epoch_progress.total.ready > 0
+    return has_fit and isinstance(limit, float) and limit == 1.0
+
+
+def result_path(trainer: Trainer, name: str) -> Path:
+    """Returns the path of a CSV file in the run folder; `<name>_again` unless it is a result."""
+    suffix = "" if is_result(trainer) else "_again"
+    return Path(trainer.default_root_dir, f"{name}{suffix}.csv")
