@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-AGAIN = 75
+GOES_ON = 75
 """Exit status (EX_TEMPFAIL) of a run that a repeated command goes on with; see slurm.sh."""
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
@@ -21,10 +21,10 @@ _received = 0
 
 
 class Preempted(SystemExit):
-    """Raised at the good moment, with `AGAIN`; after SIGTERM with the status that it has always."""
+    """Raised at the good moment: exit status `GOES_ON`, or after SIGTERM its usual one."""
 
     def __init__(self, warning: int):
-        super().__init__(128 + warning if warning == signal.SIGTERM else AGAIN)
+        super().__init__(128 + warning if warning == signal.SIGTERM else GOES_ON)
 
 
 class TimeIsOver(SystemExit):

@@ -3,6 +3,7 @@
 from callbacks.bn_recalibration import BNRecalibration
 from callbacks.exit_statistics import ExitStatistics
 from callbacks.gradient_magnitude import GradientMagnitudeLogger
+from callbacks.outlets import Column, Table, is_result, log_metrics, log_panels, result_path
 from callbacks.recalibration_sweep import RecalibrationSweep
 from callbacks.sampled_images import SampledTestImages
 from callbacks.survival_probability import SurvivalProbabilityLogger
@@ -10,10 +11,16 @@ from callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "BNRecalibration",
+    "Column",
     "ExitStatistics",
     "GradientMagnitudeLogger",
     "RecalibrationSweep",
     "SampledTestImages",
     "SurvivalProbabilityLogger",
+    "Table",
     "ThroughputMonitor",
+    "is_result",
+    "log_metrics",
+    "log_panels",
+    "result_path",
 ]

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
 from networks import SlimmableNetwork, recalibrate
@@ -19,7 +20,8 @@ class BNRecalibration(Callback):
     over the images; see `networks.recalibrate`.
 
     Reads of the module: `net`, `evaluated_points()`, `uncalibrated_points()`; of the data module:
-    `train_epoch()`, `on_after_batch_transfer()`. Sets `is_recalibrated` of the module.
+    `train_epoch()`, `on_after_batch_transfer()`. Modules that need recalibration look for a
+    callback with `recalibrates`.
 
     Args:
         num_images: training images, over all ranks; None: 1,024, which are enough in the paper.
@@ -31,6 +33,8 @@ class BNRecalibration(Callback):
         ValueError: a number below 1, both numbers, `widths` that the network does not have, or no
             data module.
     """
+
+    recalibrates = True
 
     def __init__(
         self,
@@ -58,7 +62,11 @@ class BNRecalibration(Callback):
             )
         for width in self.widths:
             pl_module.net.width(width)
-        pl_module.is_recalibrated = True
+        if stage == "fit" and any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
+            raise ValueError(
+                "BNRecalibration gathers statistics for the weights of the latest step, and "
+                "WeightAveraging evaluates others: remove one of them from trainer.callbacks"
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":

@@ -1,26 +1,29 @@
 """What early exits did: who left where, how sure, how right, and what it saved."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.loggers import WandbLogger
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from callbacks.sampled_images import SampledTestImages, time_points
-from networks import early_exit, exits_taken, run_to_exit
+from callbacks.outlets import Column, Table, log_metrics, log_panels, result_path
+from callbacks.sampled_images import SampledTestImages
+from networks import TIMED_BATCH_SIZE, early_exit, exits_taken, run_to_exit, time_points
 
 NUM_BINS = 20  # of an entropy histogram
-NUM_TIMED = 64  # images, one at a time, or all at once for the curve
 MAX_TIMED = 43  # points of the curve
-SPEED = ("point", "branches", "test_acc", "macs", "macs_gain", "ms_per_image", "ms_gain")
+SPEED = (
+    Column("point", "name"),
+    Column("branches", "branches"),
+    Column("test_acc", "accuracy", ".2%"),
+    Column("macs", "MACs", ",.0f"),
+    Column("macs_gain", "gain in MACs", ".2f"),
+    Column("ms_per_image", "ms", ".3f"),
+    Column("ms_gain", "in time", ".2f"),
+)
 
 
 class ExitStatistics(SampledTestImages):
@@ -29,7 +32,7 @@ class ExitStatistics(SampledTestImages):
     After every validation, to every logger, for the thresholds that the module prefers:
     `exits/share_<exit>` (of the images that leave there), `exits/acc_<exit>` (their accuracy) and
     `exits/entropy_<exit>` (mean over all images). After the test that follows a fit, in the run
-    folder and W&B (after a test alone, in files whose names end in `_again`):
+    folder and W&B (otherwise in files whose names end in `_again`, see `callbacks.outlets`):
 
         exits.csv            share and accuracy of those who leave at each exit, by operating point
         exit_entropy.csv     histogram of the entropy (natural logarithm) at each exit
@@ -50,12 +53,10 @@ class ExitStatistics(SampledTestImages):
         ValueError: the module has no exits.
     """
 
-    def __init__(self) -> None:
-        super().__init__(NUM_TIMED)
-        self.suffix = "_again"
+    only_observes = True
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.suffix = ""
+    def __init__(self) -> None:
+        super().__init__(TIMED_BATCH_SIZE)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "exit_names"):
@@ -69,15 +70,14 @@ class ExitStatistics(SampledTestImages):
             return
         thresholds = next(iter(pl_module.exit_thresholds.values()))
         entropies = pl_module.exit_outputs.entropies.mean(0).tolist()
-        metrics: dict[str, float] = {"epoch": trainer.current_epoch}
+        metrics: dict[str, float] = {}
         for name, mean, (share, accuracy) in zip(
             pl_module.exit_names, entropies, exit_shares(pl_module, thresholds), strict=True
         ):
             metrics |= {f"exits/share_{name}": share, f"exits/entropy_{name}": mean}
             if accuracy is not None:
                 metrics[f"exits/acc_{name}"] = accuracy
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step - 1)
+        log_metrics(trainer, metrics)
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,24 +88,18 @@ class ExitStatistics(SampledTestImages):
             speed, curve_speed = speed_rows(pl_module, images), curve_speed_rows(pl_module, images)
         histogram, curve = entropy_rows(pl_module), curve_rows(pl_module)
         names = pl_module.exit_names
+        thresholds = (f"threshold_{name}" for name in names[:-1])
         tables = {
-            "exits": (("point", "exit", "threshold", "share", "acc"), exit_rows(pl_module)),
-            "exit_entropy": (("from", "to", *names), histogram),
-            "exit_curve": (
-                (*(f"threshold_{name}" for name in names[:-1]), "test_acc", "macs"),
-                curve,
-            ),
-            "exit_curve_speed": (("test_acc", "macs", "ms_per_image"), curve_speed),
-            "exit_speed": (SPEED, speed),
+            "exits": Table(("point", "exit", "threshold", "share", "acc"), exit_rows(pl_module)),
+            "exit_entropy": Table(("from", "to", *names), histogram),
+            "exit_curve": Table((*thresholds, "test_acc", "macs"), curve),
+            "exit_curve_speed": Table(("test_acc", "macs", "ms_per_image"), curve_speed),
+            "exit_speed": Table(SPEED, speed),
         }
-        for name, (columns, rows) in tables.items():
-            path = Path(trainer.default_root_dir, f"{name}{self.suffix}.csv")
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows([columns, *rows])
-        print_speed(speed)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                log_to_wandb(logger, pl_module, curve, curve_speed, histogram)
+        for name, table in tables.items():
+            table.write(result_path(trainer, name))
+        tables["exit_speed"].show("early exit, one image at a time")
+        log_panels(trainer, lambda wandb: panels(wandb, names, curve, curve_speed, histogram))
 
 
 def exit_shares(
@@ -209,29 +203,18 @@ def trunk_only(net: Any, exit_index: Tensor) -> Callable[[Tensor], None]:
     return run
 
 
-def print_speed(rows: Sequence[tuple]) -> None:
-    table = Table(title="early exit, one image at a time")
-    for title in ("name", "branches", "accuracy", "MACs", "gain in MACs", "ms", "in time"):
-        table.add_column(title, justify="left" if title in ("name", "branches") else "right")
-    for point, branches, accuracy, macs, gain, ms, speedup in rows:
-        figures = (f"{macs:,.0f}", f"{gain:.2f}", f"{ms:.3f}", f"{speedup:.2f}")
-        table.add_row(point, branches, f"{accuracy:.2%}", *figures)
-    Console().print(table)
-
-
-def log_to_wandb(
-    logger: WandbLogger,
-    module: LightningModule,
+def panels(
+    wandb: Any,
+    names: Sequence[str],
     curve: list[tuple],
     curve_speed: list[tuple],
     histogram: list[list[float]],
-) -> None:
-    import wandb  # slow to import, and only those who log to it pay
-
+) -> dict[str, Any]:
+    """Returns plots of accuracy against MACs and milliseconds, and the entropies of each exit."""
     macs = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for *_, acc, macs in curve])
     ms = wandb.Table(columns=["ms", "test_acc"], data=[[ms, acc] for acc, _, ms in curve_speed])
     edges = [row[0] for row in histogram] + [histogram[-1][1]]
-    panels = {
+    plots = {
         "exits/acc_against_macs": wandb.plot.line(
             macs, "macs", "test_acc", title="accuracy against mean MACs"
         ),
@@ -239,6 +222,6 @@ def log_to_wandb(
             ms, "ms", "test_acc", title="accuracy against milliseconds per image"
         ),
     }
-    for name, counts in zip(module.exit_names, list(zip(*histogram, strict=True))[2:], strict=True):
-        panels[f"exits/entropy_histogram_{name}"] = wandb.Histogram(np_histogram=(counts, edges))
-    logger.log_metrics(panels)
+    for name, counts in zip(names, list(zip(*histogram, strict=True))[2:], strict=True):
+        plots[f"exits/entropy_histogram_{name}"] = wandb.Histogram(np_histogram=(counts, edges))
+    return plots

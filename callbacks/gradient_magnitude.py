@@ -6,6 +6,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from callbacks.outlets import log_metrics
+
 
 class GradientMagnitudeLogger(Callback):
     """Logs `gradients/first_conv`, the epoch's mean |gradient| of the first convolution.
@@ -15,6 +17,8 @@ class GradientMagnitudeLogger(Callback):
     Raises:
         ValueError: the network has no convolution.
     """
+
+    only_observes = True
 
     def __init__(self) -> None:
         self.first: nn.Conv2d | None = None
@@ -38,13 +42,9 @@ class GradientMagnitudeLogger(Callback):
         self.num_steps += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {
-            "gradients/first_conv": float(self.total) / max(1, self.num_steps),
-            "epoch": trainer.current_epoch,
-        }
+        mean = float(self.total) / max(1, self.num_steps)
         self.total, self.num_steps = 0.0, 0
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step - 1)
+        log_metrics(trainer, {"gradients/first_conv": mean})
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": float(self.total), "num_steps": self.num_steps}

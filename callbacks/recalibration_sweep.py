@@ -1,16 +1,14 @@
 """What BN recalibration is worth, and how many images it takes."""
 
-import csv
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
 
 from callbacks.bn_recalibration import training_images
+from callbacks.outlets import Column, Table
 from networks import SlimmableBatchNorm2d, recalibrate
 
 RESULT = "recalibration.csv"
@@ -30,10 +28,16 @@ class RecalibrationSweep(Callback):
         num_images: numbers of training images.
 
     Raises:
-        ValueError: a network without shared BNs, or several processes.
+        ValueError: a number below 1, a network without shared BNs, or several processes.
     """
 
+    only_observes = True
+
     def __init__(self, num_images: Sequence[int] = (64, 256, 1024, 4096)):
+        if min(num_images, default=0) < 1:
+            raise ValueError(
+                f"num_images of RecalibrationSweep is {list(num_images)}: give numbers of 1 or more"
+            )
         self.num_images = num_images
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,11 +69,11 @@ class RecalibrationSweep(Callback):
                 results[f"{number} images"] = measure(trainer, pl_module)
         for norm, statistics in zip(norms, before, strict=True):
             norm.statistics = statistics
-        columns = ("name", *results)
+        columns = [Column("name", "name"), *(Column(key, key, ".2%") for key in results)]
         rows = [[name, *(result[name] for result in results.values())] for name in points]
-        with Path(trainer.default_root_dir, RESULT).open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-        print_table(columns, rows)
+        table = Table(columns, rows)
+        table.write(Path(trainer.default_root_dir, RESULT))
+        table.show("test accuracy by origin of the BN statistics")
 
 
 def shared_norms(module: LightningModule) -> list[SlimmableBatchNorm2d]:
@@ -87,12 +91,3 @@ def measure(trainer: Trainer, module: LightningModule) -> dict[str, float]:
         for name, classify in points.items():
             right[name] += (classify(images).argmax(1) == labels).sum().item()
     return {name: count / num_images for name, count in right.items()}
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-    table = Table(title="test accuracy by origin of the BN statistics")
-    for title in columns:
-        table.add_column(title, justify="left" if title == "name" else "right")
-    for name, *accuracies in rows:
-        table.add_row(name, *(f"{accuracy:.2%}" for accuracy in accuracies))
-    Console().print(table)

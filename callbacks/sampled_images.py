@@ -1,18 +1,11 @@
 """The images that callbacks measure costs with."""
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-
-from networks import wait_for
-
-NUM_ROUNDS = 5
 
 
 class SampledTestImages(Callback):
@@ -51,25 +44,3 @@ class SampledTestImages(Callback):
         self._samples = []
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[: self.num_images].to(images.device)]
-
-
-def time_points(
-    points: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Tensor]
-) -> dict[str, float]:
-    """Returns the median milliseconds per image of each point; the points take turns.
-
-    Each round takes the next batch, for the sake of points whose cost depends on the images.
-    """
-    # The last batch may be smaller, and would be slower per image.
-    batches = [batch for batch in batches if len(batch) == len(batches[0])]
-    seconds: dict[str, list[float]] = {name: [] for name in points}
-    for number in range(NUM_ROUNDS + 1):
-        images = batches[number % len(batches)]
-        for name, classify in points.items():
-            wait_for(images.device)
-            start = time.perf_counter()
-            classify(images)
-            wait_for(images.device)
-            if number > 0:  # the first is a warm-up
-                seconds[name].append((time.perf_counter() - start) / len(images))
-    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}

@@ -1,13 +1,13 @@
 """What the coins of Stochastic Depth did: planned and realised depth, block by block."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
+
+from callbacks.outlets import Table, log_metrics, log_panels
 
 
 class SurvivalProbabilityLogger(Callback):
@@ -22,6 +22,8 @@ class SurvivalProbabilityLogger(Callback):
     Raises:
         ValueError: the module has no `survival_probs`.
     """
+
+    only_observes = True
 
     def __init__(self) -> None:
         self.open_gates: Tensor | None = None
@@ -55,32 +57,28 @@ class SurvivalProbabilityLogger(Callback):
             "stochastic_depth/expected_active_blocks": sum(pl_module.survival_probs),
         }
         self.epoch_active, self.epoch_steps = 0.0, 0
-        for logger in trainer.loggers:
-            logger.log_metrics({**means, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+        log_metrics(trainer, means)
         if trainer.is_global_zero:
             self.log_blocks(trainer, pl_module.survival_probs)
 
     def log_blocks(self, trainer: Trainer, survival_probs: list[float]) -> None:
         rates = (self.open_gates / self.num_steps).tolist()
+        blocks = list(range(1, len(rates) + 1))
         columns = ["block", "survival_prob", "survival_rate"]
-        rows = [
-            [block, prob, rate]
-            for block, (prob, rate) in enumerate(zip(survival_probs, rates, strict=True), start=1)
-        ]
-        with Path(trainer.default_root_dir, "survival.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                from wandb import plot  # wandb is slow to import, and only those who log to it pay
+        rows = zip(blocks, survival_probs, rates, strict=True)
+        Table(columns, rows).write(Path(trainer.default_root_dir, "survival.csv"))
 
-                lines = plot.line_series(
-                    xs=[row[0] for row in rows],
-                    ys=[survival_probs, rates],
-                    keys=columns[1:],
-                    title="survival of each block",
-                    xname="block",
-                )
-                logger.log_metrics({"stochastic_depth/survival": lines})
+        def panels(wandb: Any) -> dict[str, Any]:
+            lines = wandb.plot.line_series(
+                xs=blocks,
+                ys=[survival_probs, rates],
+                keys=columns[1:],
+                title="survival of each block",
+                xname="block",
+            )
+            return {"stochastic_depth/survival": lines}
+
+        log_panels(trainer, panels)
 
     def state_dict(self) -> dict[str, Any]:
         # Not vars(self): Lightning hangs methods of the module on every callback.

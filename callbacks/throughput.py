@@ -5,6 +5,8 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from callbacks.outlets import log_metrics
+
 
 class ThroughputMonitor(Callback):
     """Logs `time/epoch_seconds` and `time/images_per_second` of the training part of every epoch.
@@ -12,6 +14,8 @@ class ThroughputMonitor(Callback):
     Loading, and the checkpoints within an epoch, count; validation and what was lost to a kill do
     not. Images are those of all ranks.
     """
+
+    only_observes = True
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -39,11 +43,9 @@ class ThroughputMonitor(Callback):
         metrics = {
             "time/epoch_seconds": self.seconds,
             "time/images_per_second": self.num_images / self.seconds if self.seconds else 0.0,
-            "epoch": trainer.current_epoch,
         }
         self.seconds, self.num_images, self.since = 0.0, 0, None
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step - 1)
+        log_metrics(trainer, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "num_images": self.num_images}

@@ -1,18 +1,20 @@
 """One method per file: the training step, and how the trained network is evaluated."""
 
-from lightning_modules.base import FULL, ImageClassifier
+from lightning_modules.base import ImageClassifier
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
+from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.msdnet import LitMSDNet
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.resnet import LitResNet
-from lightning_modules.schedules import WarmupMultiStepLR
+from lightning_modules.schedules import LinearDecayLR, WarmupMultiStepLR
 from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
 from lightning_modules.stochastic_depth import LitStochasticDepth, survival_probabilities
 
 __all__ = [
     "FULL",
     "ImageClassifier",
+    "LinearDecayLR",
     "LitBranchyNet",
     "LitDenseNet",
     "LitMSDNet",
@@ -22,5 +24,6 @@ __all__ = [
     "LitUniversallySlimmable",
     "MultiExitClassifier",
     "WarmupMultiStepLR",
+    "accuracy_name",
     "survival_probabilities",
 ]

@@ -1,26 +1,26 @@
 """What every method shares: optimizer wiring, metrics over operating points, keyed seeds."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import MeanMetric
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from chance import key_to_seed
+from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name
+from lightning_modules.schedules import check_schedule
 from networks import count_macs, count_params
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 Batch = tuple[Tensor, Tensor]
-
-FULL = "full"
-"""Name of the operating point that is the whole network; its metrics carry no suffix."""
 
 
 class Cost(NamedTuple):
@@ -65,9 +65,9 @@ class ImageClassifier(pl.LightningModule):
 
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
         # dict.
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = MeanOverImages()
         self.train_acc = MulticlassAccuracy(net.num_classes, average="micro", validate_args=False)
-        self.eval_loss = MeanMetric(nan_strategy="disable")
+        self.eval_loss = MeanOverImages()
         self.eval_acc = nn.ModuleDict()
 
     # --- what a method says -----------------------------------------------------------------------
@@ -117,15 +117,51 @@ class ImageClassifier(pl.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError(
-                "ReduceLROnPlateau depends on metrics that a resumed run no longer has: "
-                "use a schedule of the step or the epoch, such as MultiStepLR"
-            )
+        check_schedule(scheduler, self.training_length, self.lr_interval)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval},
         }
+
+    @property
+    def training_length(self) -> float | None:
+        """How often the scheduler is stepped; infinite without an end, None if not known."""
+        trainer = self.trainer
+        if self.lr_interval == "epoch" and trainer.max_steps == -1:
+            return math.inf if trainer.max_epochs == -1 else trainer.max_epochs
+        if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
+            return None
+        steps = trainer.estimated_stepping_batches
+        if self.lr_interval == "step" or math.isinf(steps):
+            return steps
+        trainer.fit_loop.setup_data()  # which knows the number of batches
+        batches_per_step = trainer.accumulate_grad_batches
+        return math.ceil(steps / math.ceil(trainer.num_training_batches / batches_per_step))
+
+    def batches_in_step(self, batch_idx: int) -> int:
+        """Returns how many batches are accumulated in the optimizer step that a batch is part of.
+
+        At the end of an epoch they may be fewer than `accumulate_grad_batches`.
+        """
+        period = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % period
+        return min(period, self.trainer.num_training_batches - first)
+
+    def ends_step(self, batch_idx: int) -> bool:
+        """Tells whether the optimizer steps after this batch."""
+        period = self.trainer.accumulate_grad_batches
+        return (batch_idx + 1) % period == 0 or self.trainer.is_last_batch
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss, so that a step has the mean over its batches.
+
+        Lightning divides every loss by `accumulate_grad_batches`, even where a step has fewer.
+        """
+        period = self.trainer.accumulate_grad_batches
+        num_batches = self.batches_in_step(self.trainer.fit_loop.epoch_loop.batch_idx)
+        if num_batches != period:
+            loss = loss * (period / num_batches)
+        super().backward(loss)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout and the like draw from the global generator. Seeding it by the step, rather than
@@ -153,6 +189,11 @@ class ImageClassifier(pl.LightningModule):
             "--run_dir"
         )
 
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a trainer is at hand, and trains."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
     # --- training metrics -------------------------------------------------------------------------
 
     def log_training(self, loss: Tensor, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
@@ -166,8 +207,8 @@ class ImageClassifier(pl.LightningModule):
         self.train_loss.update(loss, len(labels))
         self.train_acc.update(logits.detach(), labels)
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        is_due = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if is_due and self.ends_step(batch_idx):
             self.log_now({"train/loss": loss.item()}, self.global_step)
 
     def on_train_epoch_end(self) -> None:
@@ -196,24 +237,8 @@ class ImageClassifier(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
-        if data is not None and data.num_classes != self.net.num_classes:
-            raise ValueError(
-                f"the network has {self.net.num_classes} classes and the data {data.num_classes}: "
-                f"set the network's num_classes to {data.num_classes}"
-            )
-        first = next((m for m in self.net.modules() if isinstance(m, nn.Conv2d)), None)
-        if data is not None and first is not None and first.in_channels != data.image_shape[0]:
-            raise ValueError(
-                f"the network takes {first.in_channels} channels and the images have "
-                f"{data.image_shape[0]}: set the network's in_channels to {data.image_shape[0]}"
-            )
-        size = getattr(self.net, "image_size", None)
-        if data is not None and size and tuple(data.image_shape[1:]) != (size, size):
-            height, width = data.image_shape[1:]
-            raise ValueError(
-                f"the network takes images of {size} x {size} pixels and the data has {height} x "
-                f"{width}: set the network's image_size"
-            )
+        # A data module of the user's own need not say what is in it.
+        check_data(self.net, getattr(data, "num_classes", None), getattr(data, "image_shape", None))
         for name in self.evaluated_points():
             if _key(name) not in self.eval_acc:
                 accuracy = MulticlassAccuracy(
@@ -232,14 +257,14 @@ class ImageClassifier(pl.LightningModule):
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:
         """Returns the metrics of an evaluation over all ranks, and starts anew."""
-        metrics = {f"{split}/loss": self.eval_loss.compute()}
+        loss = self.eval_loss.compute()
         self.eval_loss.reset()
-        if not metrics[f"{split}/loss"].isfinite():
-            self.refuse_loss(metrics[f"{split}/loss"])
+        if not loss.isfinite():
+            self.refuse_loss(loss)
+        metrics = {f"{split}/loss": loss}
         for name in self.evaluated_points():
             accuracy = self.eval_acc[_key(name)]
-            suffix = "" if name == FULL else f"_{name}"
-            metrics[f"{split}/acc{suffix}"] = accuracy.compute()
+            metrics[accuracy_name(split, name)] = accuracy.compute()
             accuracy.reset()
         return metrics
 
@@ -248,7 +273,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.finish_evaluation("val").items():
-            self.log(name, value, prog_bar=name == "val/acc")
+            self.log(name, value, prog_bar=name == accuracy_name("val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.eval_step(batch)
@@ -262,8 +287,18 @@ class ImageClassifier(pl.LightningModule):
             logger.log_metrics(values, step=self.global_step)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns class probabilities, (N, num_classes)."""
-        return self(batch[0]).softmax(1)
+        """Returns class probabilities, (N, num_classes).
+
+        Raises:
+            FloatingPointError: one is not finite.
+        """
+        probs = self(batch[0]).softmax(1)
+        if not probs.isfinite().all():
+            raise FloatingPointError(
+                f"the network's answers to batch {batch_idx} are not finite: check its images and "
+                "the weights of the checkpoint"
+            )
+        return probs
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -283,7 +318,9 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_same_network(checkpoint["state_dict"])
-        ranks = checkpoint.get("train_metrics", [{}])
+        if not self.is_fitting:
+            return
+        ranks = checkpoint["train_metrics"]
         if len(ranks) == self.trainer.world_size:
             sums = ranks[self.global_rank]
         elif self.global_rank == 0:
@@ -308,6 +345,38 @@ class ImageClassifier(pl.LightningModule):
                 f"the checkpoint is of another network: {len(unlike)} tensors differ "
                 f"({unlike[0]}): use the YAML it was trained with, or another run folder"
             )
+
+
+def check_data(
+    net: nn.Module, num_classes: int | None, image_shape: tuple[int, int, int] | None
+) -> None:
+    """Raises ValueError if the data, as far as it is known, is none for this network.
+
+    Args:
+        net: the network.
+        num_classes: of the data.
+        image_shape: (C, H, W) of the data.
+    """
+    if num_classes is not None and num_classes != net.num_classes:
+        raise ValueError(
+            f"the network has {net.num_classes} classes and the data {num_classes}: "
+            f"set the network's num_classes to {num_classes}"
+        )
+    if image_shape is None:
+        return
+    channels, height, width = image_shape
+    first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != channels:
+        raise ValueError(
+            f"the network takes {first.in_channels} channels and the images have {channels}: "
+            f"set the network's in_channels to {channels}"
+        )
+    size = getattr(net, "image_size", None)
+    if size and (height, width) != (size, size):
+        raise ValueError(
+            f"the network takes images of {size} x {size} pixels and the data has {height} x "
+            f"{width}: set the network's image_size"
+        )
 
 
 def _key(name: str) -> str:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from lightning_modules.base import FULL, Batch, OptimizerFactory, SchedulerFactory
+from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory
+from lightning_modules.metrics import FULL
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
 from networks import (
     MAX_GRID,
@@ -95,6 +96,8 @@ class LitBranchyNet(MultiExitClassifier):
                 f"exit_loss_weights {weights}: give positive numbers, or zeros for all but the "
                 "last exit to train the trunk alone"
             )
+        if trunk_checkpoint == "":
+            raise ValueError("trunk_checkpoint is empty: give the path of a checkpoint, or null")
         self.exit_loss_weights = weights
         self.trunk_checkpoint = trunk_checkpoint
         if self.trains_trunk_only:
@@ -143,8 +146,7 @@ class LitBranchyNet(MultiExitClassifier):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         weights = checkpoint.get("exit_loss_weights")
-        is_fit = self._trainer is not None and self._trainer.state.fn == "fit"
-        if is_fit and weights != self.exit_loss_weights:
+        if self.is_fitting and weights != self.exit_loss_weights:
             raise ValueError(
                 f"the checkpoint is of a training with exit_loss_weights {weights}, not "
                 f"{self.exit_loss_weights}: to start from its trunk, give it as trunk_checkpoint"

@@ -9,13 +9,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_modules.base import (
-    FULL,
     Batch,
     Cost,
     ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
 )
+from lightning_modules.metrics import FULL, accuracy_name
 from networks import (
     Criterion,
     ExitCosts,
@@ -203,7 +203,7 @@ class MultiExitClassifier(ImageClassifier):
             self._thresholds_step = self.global_step
         for name, thresholds in self.exit_thresholds.items():
             accuracy, macs = self.measure(thresholds)
-            metrics[f"{split}/acc_{name}"] = torch.tensor(accuracy)
+            metrics[accuracy_name(split, name)] = torch.tensor(accuracy)
             metrics[f"{split}/macs_{name}"] = torch.tensor(macs)
         return metrics
 

@@ -1,9 +1,21 @@
-"""Learning rate schedules that torch does not have as one class."""
+"""Learning rate schedules that torch does not have, and what a schedule must be."""
 
+import math
 from collections.abc import Sequence
+from typing import Any, Literal
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+)
 
 
 class WarmupMultiStepLR(LambdaLR):
@@ -25,4 +37,98 @@ class WarmupMultiStepLR(LambdaLR):
                 return 0.1
             return 0.1 ** sum(time >= milestone for milestone in milestones)
 
+        self.milestones = list(milestones)
         super().__init__(optimizer, factor)
+
+
+class LinearDecayLR(LambdaLR):
+    """Falls linearly from the optimizer's rate to 0, over the whole training unless told otherwise.
+
+    Args:
+        optimizer: holds the base rate.
+        length: epochs or optimizer steps, according to the module's `lr_interval`; None: as many as
+            the training has, whatever that is.
+
+    Raises:
+        ValueError: a run goes on with another length, which is another schedule.
+    """
+
+    def __init__(self, optimizer: Optimizer, length: int | None = None):
+        if length is not None and length < 1:
+            raise ValueError(f"the length of LinearDecayLR is {length}: give 1 or more, or null")
+        self.length = length
+
+        def factor(time: int) -> float:
+            return 1.0 if self.length is None else max(0.0, 1 - time / self.length)
+
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        there, here = state_dict["length"], self.length
+        if there != here:
+            raise ValueError(
+                f"the learning rate falls to 0 in {there} there and in {here} here, since the "
+                "length of the training has changed: pass another --run_dir, or set the length of "
+                f"LinearDecayLR to {there}"
+            )
+        super().load_state_dict(state_dict)
+
+
+def check_schedule(
+    scheduler: Any, training_length: float | None, interval: Literal["epoch", "step"]
+) -> None:
+    """Gives a schedule the length of the training, and warns of one that has another length.
+
+    Args:
+        scheduler: what the user's factory has made.
+        training_length: how often it is stepped; None: not known.
+        interval: what a step of it is.
+
+    Raises:
+        ValueError: it is no schedule of the step or the epoch, it makes the rate negative, or it
+            has no length and the training none either.
+    """
+    name = type(scheduler).__name__
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau depends on metrics that a resumed run no longer has: "
+            "use a schedule of the step or the epoch, such as MultiStepLR"
+        )
+    if not isinstance(scheduler, LRScheduler):
+        raise ValueError(f"lr_scheduler is a {name}: give a class of torch.optim.lr_scheduler")
+    gamma, milestones = getattr(scheduler, "gamma", 1.0), getattr(scheduler, "milestones", ())
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma of {name} is {gamma}: give a number above 0")
+    if any(milestone < 0 for milestone in milestones):
+        raise ValueError(f"milestones of {name} are {list(milestones)}: give none below 0")
+    if isinstance(scheduler, LinearDecayLR) and scheduler.length is None:
+        if training_length is None or math.isinf(training_length):
+            raise ValueError(
+                "LinearDecayLR is as long as the training, whose length is not known: set its "
+                "length, or trainer.max_epochs"
+            )
+        scheduler.length = int(training_length)
+    last_change, is_exact = _last_change(scheduler)
+    if last_change is None or training_length is None:
+        return
+    is_late = last_change >= training_length if milestones else last_change > training_length
+    if is_late or (is_exact and last_change != training_length):
+        rank_zero_warn(
+            f"{name} changes the rate until {interval} {last_change} and the training has "
+            f"{training_length}: set one by the other"
+        )
+
+
+def _last_change(scheduler: LRScheduler) -> tuple[int | None, bool]:
+    """Returns when the rate changes for the last time, and whether training is to end just then."""
+    if isinstance(scheduler, CosineAnnealingLR):
+        return scheduler.T_max, True
+    if isinstance(scheduler, OneCycleLR):
+        return scheduler.total_steps, True
+    if isinstance(scheduler, PolynomialLR):
+        return scheduler.total_iters, True
+    if isinstance(scheduler, LinearDecayLR):
+        return scheduler.length, True
+    if isinstance(scheduler, LinearLR | ConstantLR):  # a warm-up, as a rule
+        return scheduler.total_iters, False
+    return max(getattr(scheduler, "milestones", ()), default=None), False

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from chance import generator
 from lightning_modules.base import (
-    FULL,
     Batch,
     Cost,
     ImageClassifier,
@@ -30,6 +29,7 @@ from lightning_modules.base import (
     SchedulerFactory,
     sgd,
 )
+from lightning_modules.metrics import FULL
 from networks import (
     SlimmableNetwork,
     SwitchableBatchNorm2d,
@@ -98,7 +98,7 @@ class SlimmableClassifier(ImageClassifier):
         """
         with torch.autocast(self.device.type, enabled=False):
             loss = loss / self.trainer.accumulate_grad_batches
-            self.trainer.precision_plugin.pre_backward(loss, self).backward()
+            self.backward(self.trainer.precision_plugin.pre_backward(loss, self))
 
     # --- operating points -------------------------------------------------------------------------
 
@@ -194,11 +194,11 @@ class LitUniversallySlimmable(SlimmableClassifier):
 
     Attributes:
         widths: those of the latest step, in the order in which they ran.
-        is_recalibrated: set by `callbacks.BNRecalibration`.
 
     Raises:
         ValueError: a network without `width_mult_range`, fewer than two widths per step,
-            distillation without the widest, or a fit with validation and without recalibration.
+            distillation without the widest, or a fit that validates without a callback that
+            recalibrates (which says so by an attribute `recalibrates`).
     """
 
     def __init__(
@@ -232,11 +232,13 @@ class LitUniversallySlimmable(SlimmableClassifier):
         self.inplace_distill = inplace_distill
         self.nonuniform = nonuniform
         self.widths: list[WidthMult] = []
-        self.is_recalibrated = False
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and self.validates and not self.is_recalibrated:
+        recalibrates = any(
+            getattr(callback, "recalibrates", False) for callback in self.trainer.callbacks
+        )
+        if stage == "fit" and self.validates and not recalibrates:
             raise ValueError(
                 "validation needs BN statistics of the evaluated widths: add "
                 "callbacks.BNRecalibration to trainer.callbacks"

@@ -23,13 +23,13 @@ from torch.optim import Optimizer
 
 from chance import generator
 from lightning_modules.base import (
-    FULL,
     Batch,
     ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
     sgd,
 )
+from lightning_modules.metrics import FULL
 from networks import ResidualNetwork
 
 

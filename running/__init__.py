@@ -1,6 +1,7 @@
 """What makes a command a run, and a repeated command a resumed one."""
 
-from running.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from running.checkpoint import RunCheckpoint
+from running.checkpoint_io import AtomicCheckpointIO
 from running.cli import ExperimentCLI, main
 from running.folder import RunFolder
 from running.history import CSVHistory

@@ -1,24 +1,25 @@
-"""Checkpoints of a run: written so that a kill at any moment leaves a valid one to go on from."""
+"""When a run saves: such that a kill at any moment leaves a checkpoint to go on from."""
 
 import math
 import os
-import pickle
+import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, Timer
 
 import preemption
+from lightning_modules import accuracy_name
 from running.history import CSVHistory
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
+FORMAT = 2
+"""Of what a checkpoint holds beside Lightning's part; a run of another format does not go on."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -26,8 +27,10 @@ class RunCheckpoint(Checkpoint):
 
     `last.ckpt` is saved after every validation, every epoch, and every `every_n_steps` optimizer
     steps; `best.ckpt` when the monitored metric improves. `previous.ckpt` is the one before the
-    last: if the loss right after a save is not finite, it takes the place of `last.ckpt`. With each
-    goes the number of rows of the CSV history.
+    last: if the loss right after a save is not finite, it takes the place of `last.ckpt`. Beside
+    what Lightning saves, each holds what the rest of the training depends on: the metrics that
+    callbacks read, whether one of them has asked to stop, and the number of rows of the CSV
+    history.
 
     A scheduler's warning (see `preemption`) on any rank makes all ranks save after the optimizer
     step they are in, or the validation that follows it, and leave with `preemption.Preempted`. When
@@ -36,29 +39,32 @@ class RunCheckpoint(Checkpoint):
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
         monitor: metric that decides which is best.
-        mode: whether the best is the "min" or the "max".
+        mode: whether the best is the "min" or the "max"; "auto": the least loss, the highest
+            accuracy.
         every_n_steps: optimizer steps between two saves within an epoch.
 
     Raises:
-        ValueError: `every_n_steps` is below 1, or the monitored metric is never logged.
+        ValueError: `every_n_steps` is below 1, the monitored metric is never logged, or "auto" does
+            not know it.
     """
 
     def __init__(
         self,
         select: Literal["best", "last"] = "last",
-        monitor: str = "val/acc",
-        mode: Literal["min", "max"] = "max",
+        monitor: str = accuracy_name("val"),
+        mode: Literal["auto", "min", "max"] = "auto",
         every_n_steps: int = 200,
     ):
         if every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}: use 1 or more")
         self.select = select
         self.monitor = monitor
-        self.mode = mode
+        self.mode = best_mode(monitor) if mode == "auto" else mode
         self.every_n_steps = every_n_steps
         self.best_score: float | None = None
         self.saved_step = 0
         self.is_step_whole = True
+        self.restored: dict[str, Any] | None = None
 
     def path(self, trainer: Trainer, name: str) -> Path:
         return Path(trainer.default_root_dir, name)
@@ -113,8 +119,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        self.is_step_whole = is_whole or trainer.is_last_batch
+        self.is_step_whole = pl_module.ends_step(batch_idx)
         if not self.is_step_whole or _hands_over(trainer, batch_idx):
             return
         warning = agree_on_warning(trainer)
@@ -125,14 +130,17 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, LAST)
         leave_if(warning, trainer)
         if time_is_over:
-            raise preemption.TimeIsOver(preemption.AGAIN)
+            raise preemption.TimeIsOver(preemption.GOES_ON)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # A metric that is not reduced differs between the ranks.
             if trainer.strategy.broadcast(self.improved(trainer)):
                 self.save(trainer, BEST)
-            if self.is_step_whole:  # else there are gradients, which no checkpoint holds
+            # After a part of a step there are gradients, which no checkpoint holds. Where training
+            # stops, the end of the epoch saves: who goes on from there is not asked to stop again.
+            stops = trainer.should_stop and not is_time_over(trainer)
+            if self.is_step_whole and not stops:
                 self.save(trainer, LAST)
                 leave_if(agree_on_warning(trainer), trainer)
 
@@ -142,6 +150,12 @@ class RunCheckpoint(Checkpoint):
             leave_if(agree_on_warning(trainer), trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.restored is not None:
+            # Lightning begins every fit without metrics, and what a callback sets at the start of
+            # an epoch is not set again in the middle of it.
+            metrics = self.restored["callback_metrics"]
+            trainer._logger_connector._callback_metrics.update(metrics)
+            trainer.accumulate_grad_batches = self.restored["accumulate_grad_batches"]
         step = trainer.global_step
         if max_over_ranks(step, trainer) != -max_over_ranks(-step, trainer):
             raise ValueError(
@@ -180,36 +194,84 @@ class RunCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVHistory):
-                checkpoint["num_history_rows"] = logger.num_rows
-        checkpoint["images_per_step"] = images_per_step(trainer)
+        histories = [each for each in trainer.loggers if isinstance(each, CSVHistory)]
+        metrics = trainer.callback_metrics.items()
+        checkpoint["run"] = {
+            "format": FORMAT,
+            "images_per_step": images_per_step(trainer.datamodule, trainer),
+            "num_history_rows": histories[0].num_rows if histories else 0,
+            "callback_metrics": {name: value.detach().cpu().clone() for name, value in metrics},
+            "should_stop": trainer.should_stop and not is_time_over(trainer),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != "fit":
-            return  # a test of the best checkpoint forgets nothing of what came after it
-        there, here = checkpoint.get("images_per_step"), images_per_step(trainer)
-        if there is not None and there != here:
-            fitting, odd = divmod(there, trainer.world_size)
+            # What a checkpoint calls its weights is evaluated. After a fit, Lightning's
+            # WeightAveraging puts those of the latest step in their place.
+            pl_module.load_state_dict(checkpoint["state_dict"])
+            return
+        run = checkpoint.get("run", {})
+        if run.get("format") != FORMAT:
             raise ValueError(
-                f"the checkpoint is of a training with {there} images in a batch of all processes, "
-                f"and here are {here}: "
-                + ("use another number of processes" if odd else f"set batch_size to {fitting}")
+                "the checkpoint is of another version of this project, which may go on otherwise: "
+                "use that version (attempts.yaml names its commit), or pass another --run_dir"
             )
+        check_images_per_step(run["images_per_step"], trainer.datamodule, trainer)
+        self.restored = run
+        trainer.should_stop = run["should_stop"]
         # max_time limits an attempt; the Timer would count those before it.
         checkpoint["callbacks"].pop("Timer", None)
         self.saved_step = checkpoint["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, CSVHistory):
-                logger.truncate(checkpoint.get("num_history_rows", 0))
+                logger.truncate(run["num_history_rows"])
 
 
-def images_per_step(trainer: Trainer) -> int | None:
+def images_per_step(data: LightningDataModule | None, trainer: Trainer) -> int | None:
     """Returns the size of a training batch over all processes; None for data that has none."""
-    batch_size = getattr(trainer.datamodule, "batch_size", None)
+    batch_size = getattr(data, "batch_size", None)
     return batch_size and batch_size * trainer.world_size
+
+
+def check_images_per_step(
+    there: int | None, data: LightningDataModule | None, trainer: Trainer
+) -> None:
+    """Raises ValueError if a run goes on with another number of images in a step.
+
+    Args:
+        there: the number before.
+        data: what the run goes on with.
+        trainer: of the run that goes on.
+    """
+    here = images_per_step(data, trainer)
+    if there is None or there == here:
+        return
+    fitting, odd = divmod(there, trainer.world_size)
+    raise ValueError(
+        f"the run was trained with {there} images in a batch of all processes, and here are "
+        f"{here}: "
+        + ("use another number of processes" if odd else f"set batch_size to {fitting}")
+        + ", or pass another --run_dir"
+    )
+
+
+def best_mode(monitor: str) -> Literal["min", "max"]:
+    """Returns "min" for a loss and "max" for an accuracy.
+
+    Raises:
+        ValueError: the metric is neither.
+    """
+    if re.search(r"(^|[/_])loss", monitor):
+        return "min"
+    if re.search(r"(^|[/_])acc", monitor):
+        return "max"
+    raise ValueError(
+        f"checkpoint.monitor {monitor!r} is no loss and no accuracy: set checkpoint.mode to min or "
+        "max"
+    )
 
 
 def max_over_ranks(number: int, trainer: Trainer) -> int:
@@ -235,7 +297,7 @@ def agree_on_warning(trainer: Trainer) -> int:
 def leave_if(warning: int, trainer: Trainer) -> None:
     """Raises Preempted if there is a warning, on which all ranks have agreed."""
     if warning:
-        # Else Lightning would kill this process as soon as one that it has started is gone.
+        # Otherwise Lightning would kill this process as soon as one that it has started is gone.
         getattr(trainer.strategy.launcher, "procs", []).clear()
         raise preemption.Preempted(warning)
 
@@ -253,50 +315,3 @@ def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
     every = trainer.check_val_every_n_epoch or 1
     validates = any(trainer.num_val_batches) and (trainer.current_epoch + 1) % every == 0
     return ends or (validates and batches % period == 0)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file, then renames: a checkpoint is either the old one or the new one.
-
-    Loads tensors and plain data only: a checkpoint that holds other pickles is refused, not
-    executed.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None
-    ) -> None:
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException as error:
-            part.unlink(missing_ok=True)
-            # A RuntimeError is how torch may report a full disk.
-            if isinstance(error, OSError | RuntimeError):
-                raise OSError(f"cannot write {path}, the one before it is kept: {error}") from error
-            raise
-
-    def load_checkpoint(
-        self,
-        path: Path,
-        map_location: Callable | None = lambda storage, location: storage,
-        weights_only: bool | None = True,
-    ) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no checkpoint {path}: correct --ckpt_path")
-        try:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
-            # Lightning hands weights from forked ranks to their parent as a bare `.temp.ckpt`.
-            if "pytorch-lightning_version" in checkpoint or Path(path).name == ".temp.ckpt":
-                return checkpoint
-            problem: Exception | None = None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-            problem = error
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain data: copy another over it "
-            "(previous.ckpt, best.ckpt), or delete it to start anew"
-        ) from problem

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
+from jsonargparse import ArgumentError, Namespace
+from pytorch_lightning import Callback, LightningDataModule, Trainer
+from pytorch_lightning.callbacks import (
+    LearningRateMonitor,
+    RichProgressBar,
+    StochasticWeightAveraging,
+)
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -22,11 +26,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.distributed import DistError
 
 import preemption
+from callbacks import is_result, result_path
 from lightning_modules import ImageClassifier
-from running.checkpoint import AtomicCheckpointIO, RunCheckpoint, is_time_over
-from running.folder import RunFolder
+from running.checkpoint import RunCheckpoint, is_time_over
+from running.checkpoint_io import AtomicCheckpointIO
+from running.folder import RunFolder, check_evaluated
 from running.predictions import PredictionWriter
-from running.result import AGAIN, RESULT, OperatingPoints, print_table
+from running.result import NAME, RESULT, OperatingPoints, show_points
 from running.tracking import Tracking
 
 # Mistakes of a user, each told in one line. Anything else is ours and shows its traceback.
@@ -53,8 +59,6 @@ class ExperimentCLI(LightningCLI):
             trainer_defaults={
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
-                # The loaders shard themselves, by (seed, epoch).
-                "use_distributed_sampler": False,
             },
         )
 
@@ -101,25 +105,18 @@ class ExperimentCLI(LightningCLI):
         """Does nothing: Lightning would lay a checkpoint's hyper-parameters over an edited YAML."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        init = self.config_init[self.subcommand]
-        if init.trainer.logger is not None or init.trainer.default_root_dir is not None:
+        init = self.config_init[self.subcommand].trainer
+        if init.logger is not None or init.default_root_dir is not None:
             raise ValueError(
                 "trainer.logger and trainer.default_root_dir are the run folder's: "
                 "use --wandb.mode and --run_dir"
             )
         method = type(self.model).__module__.rsplit(".", 1)[-1]
         self.run_folder = RunFolder.of(self.config[self.subcommand], method)
-        if init.trainer.fast_dev_run and self.subcommand == "fit":
+        if init.fast_dev_run and self.subcommand == "fit":
             self.run_folder.path = Path(tempfile.mkdtemp(prefix="fast_dev_run"))
-        callbacks = [] if init.trainer.enable_progress_bar is False else [RichProgressBar()]
-        given = init.trainer.callbacks or []
-        callbacks += [*(given if isinstance(given, list) else [given]), PredictionWriter()]
-        if self.subcommand == "fit":
-            callbacks += [OperatingPoints(), LearningRateMonitor()]
-        else:
-            # The result of the run stays what its fit measured.
-            callbacks.append(OperatingPoints(file_name=AGAIN))
-        plugins = [*(init.trainer.plugins or []), AtomicCheckpointIO()]
+        given = init.plugins if isinstance(init.plugins, list) else [init.plugins or []]
+        plugins = [*filter(None, given), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             # Lightning's requeue saves in the middle of a batch, and in every loader worker.
             plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -127,46 +124,86 @@ class ExperimentCLI(LightningCLI):
             default_root_dir=str(self.run_folder.path),
             logger=False,  # fit opens them, once it knows that there is something to train
             plugins=plugins,
-            callbacks=[*callbacks, init.checkpoint],
+            callbacks=self.make_callbacks(init),
         )
-        tasks = int(os.environ.get("SLURM_NTASKS", 1))
-        if SLURMEnvironment.detect() and tasks != trainer.world_size:
-            raise ValueError(
-                f"SLURM started {tasks} tasks for {trainer.world_size} processes: make --ntasks "
-                "trainer.devices times trainer.num_nodes, and start them with srun"
-            )
+        check_tasks(trainer)
         return trainer
+
+    def make_callbacks(self, init: Namespace) -> list[Callback]:
+        """Returns the callbacks of the YAML, and those that every run has."""
+        given = init.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        if any(isinstance(each, StochasticWeightAveraging) for each in given):
+            raise ValueError(
+                "StochasticWeightAveraging changes the weights after the last checkpoint, so what "
+                "is tested and kept is not the average: use "
+                "pytorch_lightning.callbacks.EMAWeightAveraging, whose average is in every "
+                "checkpoint"
+            )
+        progress = [] if init.enable_progress_bar is False else [RichProgressBar()]
+        rates = [LearningRateMonitor()] if self.subcommand == "fit" else []
+        return [*progress, *given, PredictionWriter(), OperatingPoints(), *rates, self.checkpoint]
 
     @property
     def checkpoint(self) -> RunCheckpoint:
         return self.config_init[self.subcommand].checkpoint
 
-    def fit(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
-        ckpt_path: str | None,
-    ) -> None:
-        """Trains, or goes on training, then tests once."""
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the method of that name; Lightning would call the Trainer's."""
+        self._dump_config()
+        getattr(self, subcommand)(self.config[subcommand].ckpt_path)
+
+    # --- fit --------------------------------------------------------------------------------------
+
+    def fit(self, ckpt_path: str | None) -> None:
+        """Trains, or goes on training, then tests once.
+
+        1. Listens to a scheduler's warnings, in Lightning's place.
+        2. Makes the run folder and locks it.
+        3. Refuses another experiment than the folder holds.
+        4. If the run is finished, prints its result and ends.
+        5. Goes on from last.ckpt, or from previous.ckpt if that is damaged; otherwise from
+           --ckpt_path, or from the start.
+        6. Writes down the configuration and the attempt; opens the history and W&B.
+        7. Trains. After a warning, or when max_time is over, it saves and leaves.
+        8. Tests the selected checkpoint, unless told not to.
+        9. Marks the run as finished, and prints the result and where it is.
+        """
         preemption.listen()
         # Lightning would install a handler of SIGTERM that talks to the other ranks, wherever they
         # are at that moment.
         self.trainer._signal_connector.register_signal_handlers = preemption.listen
         folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
-        tracking = self.config_init.fit.wandb
-        if trainer.fast_dev_run:
-            tracking.mode = "disabled"
         folder.create()
         folder.lock()
-        self._dump_config()
-        folder.check_config(self.config_dump)
-        if folder.is_finished(trainer, test):
+        folder.check_trained(self.config_dump)
+        if folder.is_finished(trainer, self.datamodule, test):
             if rank_zero_only.rank == 0:
                 print(
                     f"finished already: {folder.path}; pass --run_dir or another seed for a new run"
                 )
-                print_table(folder.path / RESULT)
+                show_points(folder.path / RESULT)
             return
+        self.train(ckpt_path)
+        if is_time_over(trainer):
+            rank_zero_info("trainer.max_time is over: repeat the command to go on")
+            return
+        if test:
+            selected = self.checkpoint.selected(trainer)
+            trainer.test(self.model, self.datamodule, ckpt_path=selected, verbose=False)
+        folder.mark_finished(trainer, tested=test and is_result(trainer))
+        if trainer.is_global_zero:
+            if test:
+                show_points(result_path(trainer, NAME))
+            print(folder.describe(trainer.loggers))
+        # Ranks with nothing to write wait here: a scheduler may give the last process little time.
+        trainer.strategy.barrier()
+
+    def train(self, ckpt_path: str | None) -> None:
+        """Goes on from where the run folder is, if it is anywhere; steps 5 to 7 of `fit`."""
+        folder, tracking = self.run_folder, self.config_init.fit.wandb
+        if self.trainer.fast_dev_run:
+            tracking.mode = "disabled"
         folder.repair()
         resume_from = folder.last_checkpoint or self.run_file(ckpt_path)
         if folder.last_checkpoint and ckpt_path:
@@ -174,56 +211,34 @@ class ExperimentCLI(LightningCLI):
                 f"goes on from {folder.last_checkpoint}, not from --ckpt_path {ckpt_path}"
             )
         folder.record_attempt(self.config_dump)
-        trainer.loggers = folder.loggers(tracking, self.config_dump)
+        self.trainer.loggers = folder.loggers(tracking, self.config_dump)
         with contextlib.suppress(preemption.TimeIsOver):
-            trainer.fit(model, datamodule=datamodule, ckpt_path=resume_from)
-        if is_time_over(trainer):
-            rank_zero_info("trainer.max_time is over: repeat the command to go on")
-            return
-        if test:
-            selected = self.checkpoint.selected(trainer)
-            trainer.test(model, datamodule=datamodule, ckpt_path=selected, verbose=False)
-        folder.mark_finished(trainer, tested=test)
-        if trainer.is_global_zero:
-            print_table(folder.path / RESULT)
-            print(folder.describe(trainer.loggers))
-        # Who has nothing to write waits here, as a scheduler may give the last process little time.
-        trainer.strategy.barrier()
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
 
-    def validate(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
-        ckpt_path: str | None,
-    ) -> None:
+    # --- what is trained --------------------------------------------------------------------------
+
+    def validate(self, ckpt_path: str | None) -> None:
         """Prints the metrics of the validation split."""
-        self.trainer.validate(model, datamodule=datamodule, ckpt_path=self.trained(ckpt_path))
+        self.trainer.validate(self.model, self.datamodule, ckpt_path=self.trained(ckpt_path))
 
-    def test(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
-        ckpt_path: str | None,
-    ) -> None:
+    def test(self, ckpt_path: str | None) -> None:
         """Prints the operating points, and writes them to `operating_points_again.csv`."""
         path = self.trained(ckpt_path)
-        self.trainer.test(model, datamodule=datamodule, ckpt_path=path, verbose=False)
+        self.trainer.test(self.model, self.datamodule, ckpt_path=path, verbose=False)
         if self.trainer.is_global_zero:
-            print_table(self.run_folder.path / AGAIN)
+            show_points(result_path(self.trainer, NAME))
 
-    def predict(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
-        ckpt_path: str | None,
-    ) -> None:
+    def predict(self, ckpt_path: str | None) -> None:
         """Writes `predictions.csv`."""
         path = self.trained(ckpt_path)
-        self.trainer.predict(model, datamodule=datamodule, ckpt_path=path, return_predictions=False)
+        self.trainer.predict(
+            self.model, datamodule=self.datamodule, ckpt_path=path, return_predictions=False
+        )
 
     def trained(self, ckpt_path: str | None) -> Path:
-        """Returns the checkpoint to evaluate: the given one, else the selected one of the run."""
+        """Returns the checkpoint to evaluate: the given one, otherwise the run's selected one."""
         path = self.run_file(ckpt_path) or self.checkpoint.selected(self.trainer)
+        check_evaluated(path, self.config_dump)
         self.run_folder.create()
         return path
 
@@ -232,6 +247,17 @@ class ExperimentCLI(LightningCLI):
         if ckpt_path in ("last", "best"):
             return self.run_folder.path / f"{ckpt_path}.ckpt"
         return ckpt_path and Path(ckpt_path)
+
+
+def check_tasks(trainer: Trainer) -> None:
+    """Raises ValueError if SLURM has started another number of tasks than the trainer asks for."""
+    tasks, processes = os.environ.get("SLURM_NTASKS", "1"), trainer.num_devices * trainer.num_nodes
+    if SLURMEnvironment.detect() and int(tasks) != processes:
+        raise ValueError(
+            f"SLURM started {tasks} tasks for {processes} processes: start the job with as many "
+            "--nodes as trainer.num_nodes and with --ntasks-per-node as many as trainer.devices, "
+            "and the tasks with srun"
+        )
 
 
 def main(args: Sequence[str] | None = None) -> int:

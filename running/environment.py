@@ -31,9 +31,23 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*args: str) -> str | None:
+    """Returns what git says of the repository that this file is in; None if it is in none.
+
+    A copy of the project that lies in another repository is not that repository. Its hooks and
+    monitors are programs, and nobody has asked for them.
+    """
+    root = Path(__file__).parent.parent
+    options = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
+    environment = {k: v for k, v in environment.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
     try:
         result = subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *options, *args],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -19,7 +19,6 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import pytorch_lightning as pl
 import yaml
@@ -28,26 +27,14 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from running.checkpoint import LAST, PREVIOUS
+from running.checkpoint import LAST, PREVIOUS, check_images_per_step, images_per_step
+from running.checkpoint_io import is_intact
 from running.environment import environment
+from running.experiment import evaluated, first_difference, trained
 from running.history import CSVHistory
 from running.tracking import Tracking, current_sweep, describe_wandb, open_wandb
 
-# Of a YAML's trainer and data sections, this part is the experiment; the rest says how long, where,
-# how precisely and how verbosely a run trains, and may change between two attempts of it.
-TRAINER_SCIENCE = (
-    "accumulate_grad_batches",
-    "check_val_every_n_epoch",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "limit_train_batches",
-    "limit_val_batches",
-    "overfit_batches",
-    "val_check_interval",
-)
-CHECKPOINT_SCIENCE = ("select", "monitor", "mode")
-# The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
-DATA_LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers")
+FINISHED = "finished.yaml"
 
 
 class RunFolder:
@@ -85,16 +72,16 @@ class RunFolder:
 
     @rank_zero_only
     def repair(self) -> None:
-        """Puts the checkpoint before the last in the place of a last one that is cut short.
+        """Puts the checkpoint before the last in the place of a last one that is damaged.
 
-        Writing a checkpoint cannot do that, but a file system that loses its latest blocks can. The
-        bad file is kept as damaged.ckpt. One that is whole, whatever it holds, is left alone.
+        Writing a checkpoint cannot damage it, but a disk can, and so can a file system that loses
+        its latest blocks. The bad file is kept as damaged.ckpt. One that is whole, whatever it
+        holds, is left alone.
         """
         last, previous = self.path / LAST, self.path / PREVIOUS
-        if last.exists() and not is_zipfile(last) and is_zipfile(previous):
+        if last.exists() and not is_intact(last) and is_intact(previous):
             rank_zero_warn(f"{last} is damaged: goes on from the checkpoint before it")
-            damaged = self.path / "damaged.ckpt"
-            shutil.copyfile(last, damaged)
+            shutil.copyfile(last, self.path / "damaged.ckpt")
             os.replace(previous, last)
 
     @rank_zero_only
@@ -139,39 +126,44 @@ class RunFolder:
 
     # --- what is trained --------------------------------------------------------------------------
 
-    def check_config(self, config: dict[str, Any]) -> None:
+    def check_trained(self, config: dict[str, Any]) -> None:
         """Refuses to continue a run whose YAML has changed in what decides its result.
 
         Raises:
             ValueError: names the first key that differs.
         """
         path = self.path / "config.yaml"
-        if self.last_checkpoint is None or not path.exists():
+        has_begun = self.last_checkpoint is not None or (self.path / FINISHED).exists()
+        if not has_begun or not path.exists():
             return
-        there, here = _science(_read(path)), _science(config)
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                raise ValueError(
-                    f"{self.path} holds another experiment: {key} is {there.get(key)} there and "
-                    f"{here.get(key)} here: pass another --run_dir, or delete that folder"
-                )
+        difference = first_difference(trained(_read(path)), trained(config))
+        if difference:
+            raise ValueError(
+                f"{self.path} holds another experiment: {difference}: pass another --run_dir, or "
+                "delete that folder"
+            )
 
     @rank_zero_only
     def record_attempt(self, config: dict[str, Any]) -> None:
         """Writes the config, and an entry in the diary."""
         _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        (self.path / "finished.yaml").unlink(missing_ok=True)
+        (self.path / FINISHED).unlink(missing_ok=True)
         with (self.path / "attempts.yaml").open("a") as file:
             yaml.safe_dump([environment()], file, sort_keys=False)
 
     # --- finished or not --------------------------------------------------------------------------
 
-    def is_finished(self, trainer: pl.Trainer, test: bool) -> bool:
-        """Tells whether the run has been where this trainer would stop, and was tested if asked."""
+    def is_finished(self, trainer: pl.Trainer, data: pl.LightningDataModule, test: bool) -> bool:
+        """Tells whether the run has been where this trainer would stop, and was tested if asked.
+
+        Raises:
+            ValueError: the run was trained with another number of images in a step.
+        """
         try:
-            there = _read(self.path / "finished.yaml")
+            there = _read(self.path / FINISHED)
         except FileNotFoundError:  # at any moment: rank 0 removes it when a run goes on
             return False
+        check_images_per_step(there.get("images_per_step"), data, trainer)
         enough = [
             there.get(name) == limit or 0 < limit <= (there.get(name) or 0)
             for name, limit in _limits(trainer).items()
@@ -180,8 +172,12 @@ class RunFolder:
 
     @rank_zero_only
     def mark_finished(self, trainer: pl.Trainer, tested: bool) -> None:
-        content = _limits(trainer) | {"tested": tested}
-        _write(self.path / "finished.yaml", yaml.safe_dump(content))
+        """Notes where training stopped, and whether the whole test set was used."""
+        content = {
+            "tested": tested,
+            "images_per_step": images_per_step(trainer.datamodule, trainer),
+        }
+        _write(self.path / FINISHED, yaml.safe_dump(_limits(trainer) | content))
 
     def loggers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
         """Opens the CSV history and the W&B run of this folder."""
@@ -195,26 +191,24 @@ class RunFolder:
         return "\n".join([f"run folder: {self.path}", *describe_wandb(loggers, self.path)])
 
 
-def _science(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the dotted keys of a config that decide what is trained."""
-    parts = {
-        name: dict(config.get(name) or {}) for name in ("model", "data", "trainer", "checkpoint")
-    }
-    init_args = parts["data"].get("init_args") or {}
-    parts["data"]["init_args"] = {k: v for k, v in init_args.items() if k not in DATA_LOGISTICS}
-    parts["trainer"] = {key: parts["trainer"].get(key) for key in TRAINER_SCIENCE}
-    parts["checkpoint"] = {key: parts["checkpoint"].get(key) for key in CHECKPOINT_SCIENCE}
-    return _flatten(parts)
+def check_evaluated(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Refuses to evaluate a run's checkpoint with a YAML by which it would answer otherwise.
 
+    What only chooses what is evaluated may differ. A checkpoint outside a run folder has no
+    configuration to be compared with.
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    Raises:
+        ValueError: names the first key that differs.
+    """
+    path = checkpoint.parent / "config.yaml"
+    if not path.exists():
+        return
+    difference = first_difference(evaluated(_read(path)), evaluated(config))
+    if difference:
+        raise ValueError(
+            f"{checkpoint} is of another experiment: {difference}: use the YAML it was trained "
+            f"with, or {path}"
+        )
 
 
 def _limits(trainer: pl.Trainer) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Answers for images."""
 
-import csv
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from callbacks import Table
 
 FILE = "predictions.csv"
 
@@ -48,7 +49,6 @@ class PredictionWriter(Callback):
             rows = [row for turn in zip_longest(*parts) for row in turn if row is not None]
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, FILE)
-            with path.open("w", newline="") as file:
-                header = ("image", "class", "probability", "exit")
-                csv.writer(file).writerows([header[: len(rows[0])] if rows else header, *rows])
+            header = ("image", "class", "probability", "exit")
+            Table(header[: len(rows[0])] if rows else header, rows).write(path)
             print(f"{len(rows)} predictions in {path}")

@@ -158,6 +158,21 @@ def test_best_is_the_best(mode: str, better: float, worse: float) -> None:
     assert seen == [True, True, False, True, False]
 
 
+def test_best_by_the_metric() -> None:
+    """The least loss, the highest accuracy; another metric is not guessed at."""
+    for monitor, mode in (
+        ("val/loss", "min"),
+        ("train/loss_epoch", "min"),
+        ("val/acc", "max"),
+        ("val/acc_w0.25", "max"),
+    ):
+        assert RunCheckpoint(monitor=monitor).mode == mode
+    assert RunCheckpoint(monitor="val/loss", mode="max").mode == "max"
+    for monitor in ("val/macs_adaptive", "score"):
+        with pytest.raises(ValueError, match=r"no loss and no accuracy: set checkpoint.mode"):
+            RunCheckpoint(monitor=monitor)
+
+
 @pytest.mark.parametrize(("own", "other"), [(0, 5), (5, 0), (5, 5)])
 def test_every_process_must_see_the_checkpoint(own: int, other: int, tmp_path: Path) -> None:
     """One on a node without it would start anew, beside one that goes on."""

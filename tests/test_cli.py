@@ -108,7 +108,14 @@ BAD = {
     "logger": ({"trainer__logger": False}, "use --wandb.mode and --run_dir"),
     "seed": ({"seed_everything": -1}, "seed_everything is -1: use 0 to"),
     "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),
-    "unknown monitor": ({"checkpoint__monitor": "val/f1"}, "'val/f1' is not logged; there are: "),
+    "unknown monitor": (
+        {"checkpoint__monitor": "val/f1", "checkpoint__mode": "max"},
+        "'val/f1' is not logged; there are: ",
+    ),
+    "monitor of unknown direction": (
+        {"checkpoint__monitor": "val/f1"},
+        "checkpoint.monitor 'val/f1' is no loss and no accuracy: set checkpoint.mode to min or max",
+    ),
 }
 
 
@@ -400,7 +407,7 @@ def test_life_of_a_run_folder(tmp_path: Path) -> None:
     deeper = "--model.init_args.net.init_args.depth=14"
     assert_one_line(*launch.run([*COMMAND, deeper], tmp_path), "depth is 8 there and 14 here")
     output = launch.run(["test", *COMMAND[1:], deeper], tmp_path)
-    assert_one_line(*output, "the checkpoint is of another network")
+    assert_one_line(*output, "is of another experiment: model.init_args.net.init_args.depth is 8")
 
 
 def test_edited_value_wins_over_the_checkpoint(tmp_path: Path) -> None:

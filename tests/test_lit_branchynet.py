@@ -3,18 +3,18 @@
 import csv
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from quiet import quiet_trainer
 from torch import Tensor
 from torch.distributions import Categorical
 
 from callbacks import ExitStatistics
-from callbacks.exit_statistics import curve_rows, entropy_rows, log_to_wandb, trunk_only
+from callbacks.exit_statistics import curve_rows, entropy_rows, panels, trunk_only
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitResNet
 from lightning_modules.branchynet import read_weights
@@ -265,10 +265,8 @@ def test_statistics_of_the_exits(trained) -> None:
 
 def test_panels_show_the_curve_and_the_histograms(trained) -> None:
     _, module = trained
-    logged = {}
-    logger = SimpleNamespace(log_metrics=logged.update)
     curve, histogram = curve_rows(module), entropy_rows(module)
-    log_to_wandb(logger, module, curve, [(0.5, 100.0, 2.0)], histogram)
+    logged = panels(wandb, module.exit_names, curve, [(0.5, 100.0, 2.0)], histogram)
     names = [f"exits/entropy_histogram_{name}" for name in ("exit1", "exit2", "full")]
     assert logged.keys() == {"exits/acc_against_macs", "exits/acc_against_ms", *names}
     assert logged["exits/acc_against_ms"].table.data == [[2.0, 0.5]]
@@ -349,7 +347,7 @@ def test_trunk_alone_uses_no_thresholds_of_others(trained, tmp_path: Path) -> No
     trunk = LitBranchyNet(network(), exit_loss_weights=[0, 0, 1])
     arguments = {"datamodule": data, "ckpt_path": folder / "last.ckpt"}
     make_trainer(tmp_path).test(trunk, **arguments, verbose=False)
-    (point,) = rows(tmp_path / "operating_points.csv")
+    (point,) = rows(tmp_path / "operating_points_again.csv")
     assert point["name"] == "full"
     make_trainer(tmp_path).predict(trunk, **arguments)
     assert "exit" not in rows(tmp_path / "predictions.csv")[0]

@@ -3,17 +3,18 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
+from callbacks.outlets import Table
 from datamodules import DigitsDataModule
 from lightning_modules import LitResNet
 from running import OperatingPoints
-from running.result import log_to_wandb
+from running.result import COLUMNS, panels
 
 
 class Shrinking(nn.Module):
@@ -50,7 +51,7 @@ def test_every_point_is_measured(precision: str, tmp_path: Path) -> None:
     )
     data = DigitsDataModule()
     trainer.test(module, datamodule=data, verbose=False)
-    lines = (tmp_path / "operating_points.csv").read_text().splitlines()
+    lines = (tmp_path / "operating_points_again.csv").read_text().splitlines()
     assert lines[0] == "name,test_acc,macs,params,ms_per_image"
     points = {line.split(",")[0]: line.split(",")[1:] for line in lines[1:]}
     assert [int(points[name][1]) for name in ("full", "w0.25")] == [10240, 2560]
@@ -70,10 +71,8 @@ def test_every_point_is_measured(precision: str, tmp_path: Path) -> None:
 def test_panels_show_the_table_and_the_curve() -> None:
     """A line through one point would be no curve."""
     rows = [("w0.25", 0.5, 10, 5, 0.1), ("full", 0.75, 40, 20, 0.2)]
-    for count, panels in ((2, {"operating_points", "acc_against_macs"}), (1, {"operating_points"})):
-        logged = {}
-        log_to_wandb(SimpleNamespace(log_metrics=logged.update), rows[:count])
-        assert logged.keys() == panels
+    for count, names in ((1, {"operating_points"}), (2, {"operating_points", "acc_against_macs"})):
+        logged = panels(wandb, Table(COLUMNS, rows[:count]))
+        assert logged.keys() == names
         assert logged["operating_points"].data == [list(row) for row in rows[:count]]
-    log_to_wandb(SimpleNamespace(log_metrics=logged.update), rows)
     assert logged["acc_against_macs"].table.columns[1:3] == ["test_acc", "macs"]

@@ -21,6 +21,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Timer
 from torch import nn
 
+from running.checkpoint_io import is_intact
+
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
 
@@ -155,6 +157,77 @@ def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
+def callback(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"pytorch_lightning.callbacks.{name}", "init_args": arguments}
+
+
+# No validation is better than the one before by as much: it stops after the third.
+NEVER_BETTER = {"patience": 2, "min_delta": 10.0}
+WITH_CALLBACKS = {
+    "stops early": ([callback("EarlyStopping", monitor="val/loss", **NEVER_BETTER)], {}),
+    "stops within an epoch": (
+        [callback("EarlyStopping", monitor="val/loss", **NEVER_BETTER)],
+        {"val_check_interval": 3},
+    ),
+    "stops without validation": (
+        [callback("EarlyStopping", monitor="train/loss", **NEVER_BETTER)],
+        {"limit_val_batches": 0, "val_check_interval": 1.0},
+    ),
+    "averages": ([callback("EMAWeightAveraging", decay=0.8)], {}),
+    "averages epochs": (
+        [callback("EMAWeightAveraging", decay=0.8, update_starting_at_epoch=0)],
+        {"limit_val_batches": 0, "val_check_interval": 1.0},
+    ),
+    "accumulates": ([callback("GradientAccumulationScheduler", scheduling={0: 1, 1: 2, 2: 4})], {}),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("stops without validation", "averages epochs")
+        else name
+        for name in WITH_CALLBACKS
+    ],
+)
+def test_killed_with_callbacks_that_keep_state(name: str, tmp_path: Path) -> None:
+    callbacks, changes = WITH_CALLBACKS[name]
+    config = methods.config("resnet")
+    config["trainer"] |= {"max_epochs": 6 if "stops" in name else 3, **changes}
+    config["trainer"]["callbacks"] += callbacks
+    config["checkpoint"] = {"select": "last", "every_n_steps": 2}
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    assert kill_after_every_save(broken) >= 4
+    assert_same_run(whole, broken)
+    steps = torch.load(whole / "run/last.ckpt", weights_only=True)["global_step"]
+    expected = {"stops early": 21, "stops within an epoch": 10, "stops without validation": 21}
+    assert steps == expected.get(name, 7 + 4 + 2 if name == "accumulates" else 21)
+
+
+def test_run_that_stopped_early_does_not_go_on(tmp_path: Path) -> None:
+    """Neither after a kill in its test, nor when it is given more epochs."""
+    config = methods.config("resnet")
+    config["trainer"]["max_epochs"] = 5
+    config["trainer"]["callbacks"] += WITH_CALLBACKS["stops early"][0]
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    output = broken / "output.txt"
+
+    def testing() -> bool:
+        return output.exists() and "Restoring states from" in output.read_text()
+
+    assert launch.kill_when(testing, COMMAND, broken)
+    for _ in range(2):
+        status, printed = launch.run([*COMMAND, "--trainer.max_epochs=9"], broken)
+        assert status == 0, printed
+    assert "finished already" in printed
+    assert launch.run([*COMMAND, "--trainer.max_epochs=9"], whole)[0] == 0
+    assert torch.load(broken / "run/last.ckpt", weights_only=True)["global_step"] == 21
+    assert_same_run(whole, broken)
+
+
 class WarnAll(Callback):
     """Sends a warning to this process and its loader workers, as SLURM does, in the first batch.
 
@@ -269,8 +342,43 @@ def test_damaged_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
+@pytest.mark.parametrize("damage", ["a block of zeros", "a flipped bit"])
+def test_checkpoint_that_has_rotted_is_not_gone_on_from(damage: str, tmp_path: Path) -> None:
+    config = methods.config("resnet")
+    config["trainer"]["max_epochs"] = 2
+    whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
+    assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
+    for _ in range(2):
+        assert launch.kill_after_save(COMMAND, broken)
+    last, previous = broken / "run/last.ckpt", broken / "run/previous.ckpt"
+    content = bytearray(last.read_bytes())
+    weights = torch.load(last, weights_only=True)["state_dict"]["net.conv1.weight"]
+    place = content.index(
+        weights.contiguous(memory_format=torch.channels_last)
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .numpy()
+        .tobytes()
+    )
+    if damage == "a flipped bit":
+        content[place + 3] ^= 1
+    else:
+        content[place : place + 64] = bytes(64)
+    last.unlink()  # it may be the same file as previous.ckpt
+    last.write_bytes(content)
+    assert not is_intact(last)
+    assert is_intact(previous)
+    status, output = launch.run(COMMAND, broken)
+    assert status == 0, output
+    assert "last.ckpt is damaged: goes on from the checkpoint before it" in output
+    (broken / "run/damaged.ckpt").unlink()
+    assert_same_run(whole, broken)
+
+
 class TimePasses(Callback):
     """Lets `trainer.max_time` be over in the third batch of the second epoch."""
+
+    only_observes = True
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -302,6 +410,8 @@ def test_no_step_is_lost_when_time_is_over(val_size: int, tmp_path: Path) -> Non
 
 class FullDisk(Callback):
     """From the second epoch on no file grows beyond a few kilobytes, by a limit of the process."""
+
+    only_observes = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 1:
@@ -405,7 +515,17 @@ def test_warning_before_training_is_remembered(tmp_path: Path) -> None:
 def test_wrong_number_of_slurm_tasks_is_refused(tmp_path: Path) -> None:
     """Each of two tasks that believe to be alone would write the same files."""
     folder = write(tmp_path / "folder", methods.config("resnet"))
-    environment = launch.QUIET | SLURM | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    status, output = launch.run(COMMAND, folder, environment)
+    two = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    status, output = launch.run(COMMAND, folder, launch.QUIET | SLURM | two)
     assert status == 2
     assert "SLURM started 2 tasks for 1 processes" in output
+
+
+def test_wrong_number_of_processes_under_slurm_is_refused(tmp_path: Path) -> None:
+    """One task that asks for two devices would train with half the images per step."""
+    folder = write(tmp_path / "folder", methods.config("resnet"))
+    command = [*COMMAND, "--trainer.devices=2"]
+    status, output = launch.run(command, folder, launch.QUIET | SLURM)
+    assert status == 2
+    assert "SLURM started 1 tasks for 2 processes" in output
+    assert "--ntasks-per-node as many as trainer.devices" in output

@@ -1,0 +1,73 @@
+"""Checkpoint files: written whole or not at all, and read only if they are whole."""
+
+import os
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+# What Python's zip reader raises depends on which byte is wrong.
+DAMAGES = (BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+
+
+def is_intact(path: Path) -> bool:
+    """Tells whether a file is an archive, as torch saves it, all of whose checksums hold."""
+    try:
+        with ZipFile(path) as archive:
+            return archive.testzip() is None
+    except DAMAGES:
+        return False
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file, then renames: a checkpoint is either the old one or the new one.
+
+    Loads tensors and plain data only: a checkpoint that holds other pickles is refused, not
+    executed. So is one whose checksums do not hold.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None
+    ) -> None:
+        part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            # A RuntimeError is how torch may report a full disk.
+            if isinstance(error, OSError | RuntimeError):
+                raise OSError(f"cannot write {path}, the one before it is kept: {error}") from error
+            raise
+
+    def load_checkpoint(
+        self,
+        path: Path,
+        map_location: Callable | None = lambda storage, location: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no checkpoint {path}: correct --ckpt_path")
+        problem: Exception | None = None
+        if is_intact(Path(path)):
+            try:
+                checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+                # Lightning hands weights from forked ranks to their parent as a bare `.temp.ckpt`.
+                if "pytorch-lightning_version" in checkpoint or Path(path).name == ".temp.ckpt":
+                    return checkpoint
+            except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+                problem = error
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain data, or is damaged: copy another "
+            "over it (previous.ckpt, best.ckpt), or delete it to start anew"
+        ) from problem

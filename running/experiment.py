@@ -1,0 +1,105 @@
+"""What of a configuration decides the result of a run, compared whenever it is used again."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pytorch_lightning import callbacks as lightning_callbacks
+
+# Of a YAML's trainer section, this part is the experiment; the rest says how long, where and how
+# verbosely a run trains, and may change between two attempts of it.
+TRAINER = (
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "precision",
+    "val_check_interval",
+)
+CHECKPOINT = ("select", "monitor", "mode")
+# The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
+LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers", "predict_dir")
+# What only chooses what is evaluated, or is over when training is.
+NOT_EVALUATED = (
+    *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
+    *("optimizer", "lr_scheduler", "lr_interval", "trunk_checkpoint", "seed"),
+)
+OBSERVERS = (
+    lightning_callbacks.DeviceStatsMonitor,
+    lightning_callbacks.LearningRateMonitor,
+    lightning_callbacks.ModelCheckpoint,
+    lightning_callbacks.ModelSummary,
+    lightning_callbacks.ProgressBar,
+    lightning_callbacks.Timer,
+)
+PRECISIONS = {None: "32-true", 64: "64-true", 32: "32-true", 16: "16-mixed", "bf16": "bf16-mixed"}
+
+Config = Mapping[str, Any]
+
+
+def trained(config: Config) -> dict[str, Any]:
+    """Returns, by dotted key, what decides the weights and the result of a training."""
+    trainer = {key: (config.get("trainer") or {}).get(key) for key in TRAINER}
+    precision = trainer["precision"]
+    if str(precision).isdigit():
+        precision = int(precision)
+    trainer["precision"] = PRECISIONS.get(precision, precision)
+    trainer["callbacks"] = _callbacks_that_train((config.get("trainer") or {}).get("callbacks"))
+    checkpoint = {key: (config.get("checkpoint") or {}).get(key) for key in CHECKPOINT}
+    parts = {"model": config.get("model"), "data": _without(config.get("data"), LOGISTICS)}
+    return _flatten({**parts, "trainer": trainer, "checkpoint": checkpoint})
+
+
+def evaluated(config: Config) -> dict[str, Any]:
+    """Returns, by dotted key, what decides what a checkpoint answers."""
+    model = _without(config.get("model"), NOT_EVALUATED)
+    data = _without(config.get("data"), (*LOGISTICS, *NOT_EVALUATED))
+    return _flatten({"model": model, "data": data})
+
+
+def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Returns the first key whose values differ, with both of them; None if there is none."""
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)} there and {here.get(key)} here"
+    return None
+
+
+def _without(section: Config | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns a section, a class and its arguments, without some of them."""
+    section = dict(section or {})
+    init_args = section.get("init_args") or {}
+    section["init_args"] = {k: v for k, v in init_args.items() if k not in arguments}
+    return section
+
+
+def _callbacks_that_train(given: Sequence[Config] | Config | None) -> list[Config] | None:
+    """Returns the callbacks that may change what is trained, None for none of them."""
+    callbacks = [given] if isinstance(given, Mapping) else given or []
+    return [each for each in callbacks if not _observes(each["class_path"])] or None
+
+
+def _observes(class_path: str) -> bool:
+    """Tells whether a callback is known to leave a training as it is.
+
+    One of the user's own says so by an attribute `only_observes`.
+    """
+    module, name = class_path.rsplit(".", 1)
+    try:
+        callback = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):  # gone since that attempt
+        return False
+    return getattr(callback, "only_observes", False) or issubclass(callback, OBSERVERS)
+
+
+def _flatten(tree: Config, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

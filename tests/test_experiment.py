@@ -1,0 +1,232 @@
+"""A run folder holds one experiment: what may differ when it is used again, and what may not."""
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import launch
+import methods
+import pytest
+import torch
+import yaml
+from test_cli import assert_one_line, change
+
+from running.experiment import evaluated, first_difference, trained
+
+COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
+EMA = "--trainer.callbacks+=EMAWeightAveraging"
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """Writes an experiment of a few batches, without callbacks; `a__b=1` changes the key a.b."""
+    config = methods.config("stochastic_depth")
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2, "callbacks": None}
+    for path, value in changes.items():
+        change(config, path.replace("__", "."), value)
+    folder.mkdir(exist_ok=True)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write(tmp_path_factory.mktemp("finished"))
+    status, output = launch.run(COMMAND, folder)
+    assert status == 0, output
+    return folder
+
+
+def points(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+OTHER_TRAINING = {
+    "batch size": (
+        ["--data.batch_size=32"],
+        "trained with 64 images in a batch of all processes, and here are 32: set batch_size to 64",
+    ),
+    "precision": (["--trainer.precision=bf16-mixed"], "precision is 32-true there and bf16-mixed"),
+    "average": ([EMA], "trainer.callbacks is None there and ["),
+    "schedule": (
+        ["--model.init_args.lr_scheduler.init_args.milestones=[3]"],
+        "milestones is [1, 2] there and [3] here",
+    ),
+}
+
+
+@pytest.mark.parametrize("unfinished", [False, True], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("name", OTHER_TRAINING)
+def test_another_training_is_refused(
+    name: str, unfinished: bool, finished: Path, tmp_path: Path
+) -> None:
+    options, message = OTHER_TRAINING[name]
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    if unfinished:
+        (folder / "run/finished.yaml").unlink()
+    before = (folder / "run/last.ckpt").read_bytes()
+    assert_one_line(*launch.run([*COMMAND, *options], folder), message)
+    assert (folder / "run/last.ckpt").read_bytes() == before
+
+
+def test_what_does_not_decide_the_result_may_differ(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    options = ["--trainer.precision=32", "--trainer.callbacks+=callbacks.ThroughputMonitor"]
+    status, output = launch.run([*COMMAND, *options, "--data.eval_batch_size=7"], folder)
+    assert status == 0, output
+    assert "finished already" in output
+
+
+OTHER_EVALUATION = {
+    "shortcut": ["--model.init_args.net.init_args.shortcut=A-average"],
+    "normalization": ["--data.init_args.normalization=scale"],
+    "split_seed": ["--data.init_args.split_seed=3"],
+    "final_survival_prob": ["--model.init_args.final_survival_prob=0.9"],
+}
+
+
+@pytest.mark.parametrize("key", OTHER_EVALUATION)
+def test_another_evaluation_is_refused(key: str, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    for command in ("validate", "test", "predict"):
+        status, output = launch.run([command, *COMMAND[1:], *OTHER_EVALUATION[key]], folder)
+        assert_one_line(status, output, f"{key} is")
+    assert not (folder / "run/predictions.csv").exists()
+
+
+def test_what_only_chooses_what_is_evaluated_may_differ() -> None:
+    net = {"class_path": "networks.SlimmableCifarResNet", "init_args": {"depth": 8}}
+    config = {
+        "model": {"class_path": "LitSlimmable", "init_args": {"net": net, "eval_widths": [1.0]}},
+        "data": {"class_path": "Digits", "init_args": {"split_seed": 0, "data_dir": "here"}},
+    }
+    other = yaml.safe_load(yaml.safe_dump(config))
+    other["model"]["init_args"] |= {"eval_widths": [0.5, 1.0], "budget_macs": 1e6, "seed": 3}
+    other["data"]["init_args"] |= {"data_dir": "there", "predict_dir": "images"}
+    assert first_difference(evaluated(config), evaluated(other)) is None
+    assert first_difference(trained(config), trained(other)).startswith("model.init_args.budget")
+    other["data"]["init_args"]["split_seed"] = 1
+    difference = first_difference(evaluated(config), evaluated(other))
+    assert difference == "data.init_args.split_seed is 0 there and 1 here"
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "is_same"),
+    [
+        (None, "32-true", True),
+        ("32", 32, True),
+        ("16", "16-mixed", True),
+        ("bf16", "bf16-mixed", True),
+        (None, "16-mixed", False),
+        ("64", "32", False),
+    ],
+)
+def test_precisions_by_their_meaning(there: Any, here: Any, is_same: bool) -> None:
+    one, other = (trained({"trainer": {"precision": each}}) for each in (there, here))
+    assert (first_difference(one, other) is None) == is_same
+
+
+def callback(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": name, "init_args": arguments}
+
+
+def test_callbacks_that_observe_are_not_compared() -> None:
+    observers = [
+        callback(f"callbacks.{name}")
+        for name in ("ExitStatistics", "GradientMagnitudeLogger", "RecalibrationSweep")
+    ] + [callback("pytorch_lightning.callbacks.TQDMProgressBar", refresh_rate=3)]
+    bare = trained({"trainer": {"callbacks": None}})
+    assert first_difference(bare, trained({"trainer": {"callbacks": observers}})) is None
+    for each in (
+        callback("callbacks.BNRecalibration", num_images=64),
+        callback("pytorch_lightning.callbacks.EarlyStopping", monitor="val/acc"),
+        callback("nowhere.Gone"),
+        callback("test_experiment.Unknown"),
+    ):
+        assert first_difference(bare, trained({"trainer": {"callbacks": each}}))
+
+
+class Unknown:
+    """What a callback of the user's own does is not known."""
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_part_of_a_test_is_no_result(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", data__init_args__eval_batch_size=90)
+    result, again = (folder / f"run/operating_points{suffix}.csv" for suffix in ("", "_again"))
+    for limit in ("0", "1"):
+        status, output = launch.run([*COMMAND, f"--trainer.limit_test_batches={limit}"], folder)
+        assert status == 0, output
+        assert not result.exists()
+        assert "finished already" not in output
+    (partial,) = points(again)
+    status, output = launch.run(COMMAND, folder)
+    assert status == 0, output
+    (whole,) = points(result)
+    assert whole["macs"] == partial["macs"]
+    assert "finished already" in launch.run(COMMAND, folder)[1]
+
+
+def test_what_was_selected_is_what_is_tested(tmp_path: Path) -> None:
+    """The average of so few steps is far from the weights of the last."""
+    average = callback("pytorch_lightning.callbacks.EMAWeightAveraging", decay=0.97)
+    folder = write(
+        tmp_path / "folder",
+        trainer__callbacks=[average],
+        trainer__limit_train_batches=1.0,
+        trainer__max_epochs=2,
+        model__init_args__final_survival_prob=1.0,
+    )
+    status, output = launch.run(COMMAND, folder)
+    assert status == 0, output
+    assert launch.run(["test", *COMMAND[1:]], folder)[0] == 0
+    (result,), (again,) = (
+        points(folder / f"run/operating_points{suffix}.csv") for suffix in ("", "_again")
+    )
+    assert result["test_acc"] == again["test_acc"]
+    # The weights of the latest step would answer otherwise.
+    best = torch.load(folder / "run/best.ckpt", weights_only=True)
+    latest = best.pop("current_model_state")
+    torch.save(best | {"state_dict": latest}, folder / "latest.ckpt")
+    assert launch.run(["test", *COMMAND[1:], "--ckpt_path", "latest.ckpt"], folder)[0] == 0
+    (of_latest,) = points(folder / "run/operating_points_again.csv")
+    assert of_latest["test_acc"] != result["test_acc"]
+
+
+def test_average_that_is_in_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    average = callback("pytorch_lightning.callbacks.StochasticWeightAveraging", swa_lrs=0.1)
+    folder = write(tmp_path / "folder", trainer__callbacks=[average])
+    message = "changes the weights after the last checkpoint"
+    assert_one_line(*launch.run(COMMAND, folder), message)
+
+
+def test_statistics_of_other_weights_than_the_average_are_refused(tmp_path: Path) -> None:
+    callbacks = [
+        callback("callbacks.BNRecalibration"),
+        callback("pytorch_lightning.callbacks.EMAWeightAveraging"),
+    ]
+    folder = write(tmp_path / "folder", trainer__callbacks=callbacks)
+    assert_one_line(*launch.run(COMMAND, folder), "remove one of them from trainer.callbacks")
+
+
+def test_predictions_of_broken_weights_are_refused(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    checkpoint = torch.load(folder / "run/best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["net.fc.bias"].fill_(torch.nan)
+    torch.save(checkpoint, folder / "bad.ckpt")
+    command = ["predict", *COMMAND[1:], "--ckpt_path", "bad.ckpt"]
+    assert_one_line(*launch.run(command, folder), "answers to batch 0 are not finite")
+    assert not (folder / "run/predictions.csv").exists()
+
+
+def test_checkpoint_of_another_format_does_not_go_on(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    path = folder / "run/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["run"]
+    torch.save(checkpoint, path)
+    command = [*COMMAND, "--trainer.max_epochs=2"]
+    assert_one_line(*launch.run(command, folder), "of another version of this project")
