@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from networks.initialization import draw_weights
+
 
 def concatenate(features: Sequence[Tensor]) -> Tensor:
     return features[0] if len(features) == 1 else torch.cat(features, 1)
@@ -239,14 +241,7 @@ class DenselyConnectedNetwork(nn.Module):
             channels += num_layers * growth_rate
         self.features[f"norm{number + 1}"] = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
-        self.initialize()
-
-    def initialize(self) -> None:
-        """Draws the convolutions from He's normal distribution (fan out), zeroes the last bias."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.classifier.bias)
+        draw_weights(self, "fan_out")
 
     def stem(self, images: Tensor) -> Tensor:
         raise NotImplementedError("the networks for CIFAR and ImageNet begin differently")

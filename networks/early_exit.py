@@ -22,12 +22,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from networks.choices import check_choice
 from networks.cost import NUM_TIMED_ROUNDS, count_macs, median_seconds
 from networks.rows import take_rows
 
@@ -219,6 +220,7 @@ def _widen(logits: Tensor) -> Tensor:
 
 def exit_score(logits: Tensor, criterion: Criterion) -> Tensor:
     """Returns what a criterion compares with its thresholds: entropy or confidence, (N,)."""
+    check_criterion(criterion)
     return entropy(logits) if criterion == "entropy" else confidence(logits)
 
 
@@ -227,15 +229,13 @@ def leaves(scores: Tensor, thresholds: float | Tensor, criterion: Criterion) -> 
 
     NaN never leaves.
     """
+    check_criterion(criterion)
     return scores < thresholds if criterion == "entropy" else scores >= thresholds
 
 
 def check_criterion(criterion: str) -> None:
     """Raises ValueError if the criterion is unknown."""
-    if criterion not in get_args(Criterion):
-        raise ValueError(
-            f"exit criterion {criterion!r} is unknown: use {' or '.join(get_args(Criterion))}"
-        )
+    check_choice("exit criterion", criterion, Criterion)
 
 
 def check_thresholds(thresholds: Sequence[float], num_exits: int) -> None:

@@ -87,7 +87,6 @@ def screen_thresholds(
         ValueError: shapes that do not fit, no images, a candidate that is NaN, or a grid of more
             than `MAX_GRID` points.
     """
-    check_criterion(criterion)
     num_images, num_exits = correct.shape
     num_axes = num_exits - 1
     shapes = [(num_images, num_exits), (num_images, num_axes)]
@@ -98,22 +97,8 @@ def screen_thresholds(
         )
     if num_images == 0:
         raise ValueError("no images to find thresholds with: hold out a validation split")
-    if candidates is None:
-        candidates = ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID
-        while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
-            candidates = candidates[::2]
-        candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
-    if any(math.isnan(candidate) for candidate in candidates):
-        raise ValueError("a candidate threshold is NaN: give numbers")
-    # From strict, at which few leave, to lax.
-    candidates = sorted(set(candidates), reverse=criterion == "confidence")
+    candidates = _sort_candidates(candidates, num_axes, criterion)
     size = len(candidates)
-    if (size + 1) ** num_axes > MAX_GRID:
-        raise ValueError(
-            f"{size} candidates at {num_axes} exits make a grid that is too large: give fewer, "
-            "or use thresholds_for_budget"
-        )
-
     # rank: how many candidates are too strict for the image to leave.
     grid = torch.tensor(candidates, dtype=scores.dtype, device=scores.device)
     ranks = (~leaves(scores[:, :num_axes, None], grid, criterion)).sum(2)
@@ -129,6 +114,27 @@ def screen_thresholds(
         *(values.cpu() for values in (accuracy, cost, counts / num_images, front)),
         knee=int(front[_knee(cost[front], accuracy[front])]),
     )
+
+
+def _sort_candidates(
+    candidates: Sequence[float] | None, num_axes: int, criterion: Criterion
+) -> list[float]:
+    """Returns the candidates from strict, at which few leave, to lax; None: see the screening."""
+    check_criterion(criterion)
+    if candidates is None:
+        candidates = ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID
+        while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
+            candidates = candidates[::2]
+        candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
+    if any(math.isnan(candidate) for candidate in candidates):
+        raise ValueError("a candidate threshold is NaN: give numbers")
+    candidates = sorted(set(candidates), reverse=criterion == "confidence")
+    if (len(candidates) + 1) ** num_axes > MAX_GRID:
+        raise ValueError(
+            f"{len(candidates)} candidates at {num_axes} exits make a grid that is too large: give "
+            "fewer, or use thresholds_for_budget"
+        )
+    return candidates
 
 
 def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:

@@ -27,7 +27,7 @@ from networks import (
     run_all_exits,
 )
 from networks.branchynet import LocalResponseNorm, pool, pooled
-from networks.resnet import PadShortcut
+from networks.residual_blocks import PadShortcut
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=25)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -809,3 +809,11 @@ def test_weights_of_another_trunk_are_refused(network, source, message):
         network.load_trunk(source.state_dict())
     assert "\n" not in str(error.value)
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("taps", ["text", None])
+@pytest.mark.parametrize("build", [BranchyAlexNet, BranchyResNet])
+def test_taps_that_do_not_exist_are_refused(build, taps):
+    """They were those of the paper's text."""
+    with pytest.raises(ValueError, match=f"^taps {taps!r} is unknown: use released or paper$"):
+        build(taps=taps)

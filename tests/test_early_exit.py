@@ -485,6 +485,19 @@ def test_only_confidence_leaves_at_its_threshold():
     assert leaves(scores, 0.5, "confidence").tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("criterion", ["margin", None])
+def test_a_criterion_that_does_not_exist_is_refused_wherever_it_is_used(criterion):
+    """It was confidence."""
+    scores = torch.zeros(2, 3)
+    for run in (
+        lambda: exit_score(scores, criterion),
+        lambda: leaves(scores, 0.5, criterion),
+        lambda: exits_taken(scores, [0.5, 0.5], criterion),
+    ):
+        with pytest.raises(ValueError, match=f"{criterion!r} is unknown: use entropy or confid"):
+            run()
+
+
 # --- Screening: all thresholds of a grid ---
 
 

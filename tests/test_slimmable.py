@@ -28,8 +28,8 @@ from networks import (
     extract,
     recalibrate,
 )
-from networks.residual import Residual
-from networks.slimmable import Width, round_channels
+from networks.slimmable import round_channels
+from networks.slimmable_layers import Residual, Width
 
 # Slimmable: stored numbers; active numbers and MACs of every switch.
 SWITCHES = {
