@@ -195,45 +195,32 @@ class PreActivationBlock(nn.Module):
 
     Where the shape changes, and in the first block of the network, both paths read the first
     activation; elsewhere that activation belongs to the branch, and a closed gate skips it too.
+    Subclasses build and run the convolutions.
 
     Attributes:
         shares_activation: both paths read it.
     """
 
-    expansion = 1
-
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        bias: bool,
+        self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut, bias: bool
     ):
         super().__init__()
-        out_channels = self.expansion * channels
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, bias, False)
         self.shares_activation = self.downsample is not None
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.build(in_channels, channels, stride, bias)
-
-    def build(self, in_channels: int, channels: int, stride: int, bias: bool) -> None:
-        self.conv1 = conv(in_channels, channels, 3, stride, bias)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, 1, bias)
 
     def activate(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(x), inplace=True)
 
     def convolve(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        return self.conv2(F.relu(self.bn2(x), inplace=True))
+        raise NotImplementedError("each kind of block has a branch of its own")
+
+    def last_layer(self) -> nn.Conv2d:
+        """Returns the layer whose output is the branch's output: scaling it scales the branch."""
+        raise NotImplementedError("each kind of block has a branch of its own")
 
     def residual(self, x: Tensor) -> Tensor:
         return self.convolve(self.activate(x))
-
-    def last_layer(self) -> nn.Conv2d:
-        return self.conv2
 
     def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
         if not self.shares_activation:
@@ -243,20 +230,52 @@ class PreActivationBlock(nn.Module):
         return add_gated(shortcut, self.convolve, x, gate)
 
 
+class PreActivationBasicBlock(PreActivationBlock):
+    """Two 3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, shortcut: Shortcut, bias: bool
+    ):
+        super().__init__(in_channels, channels, stride, shortcut, bias)
+        self.conv1 = conv(in_channels, channels, 3, stride, bias)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels, 3, 1, bias)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        return self.conv2(F.relu(self.bn2(x), inplace=True))
+
+    def last_layer(self) -> nn.Conv2d:
+        return self.conv2
+
+
 class PreActivationBottleneck(PreActivationBlock):
-    """The pre-activation block with 1x1, 3x3, 1x1 convolutions."""
+    """1x1, 3x3, 1x1 convolutions; the output has 4 times the channels of the middle."""
 
     expansion = 4
 
-    def build(self, in_channels: int, channels: int, stride: int, bias: bool) -> None:
-        self.conv1 = conv(in_channels, channels, 1, 1, bias)
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        shortcut: Shortcut,
+        bias: bool,
+        stride_in_1x1: bool = False,
+    ):
+        out_channels = self.expansion * channels
+        super().__init__(in_channels, out_channels, stride, shortcut, bias)
+        self.conv1 = conv(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, stride, bias)
+        self.conv2 = conv(channels, channels, 3, 1 if stride_in_1x1 else stride, bias)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.conv3 = conv(channels, self.expansion * channels, 1, 1, bias)
+        self.conv3 = conv(channels, out_channels, 1, 1, bias)
 
     def convolve(self, x: Tensor) -> Tensor:
-        x = super().convolve(x)
+        x = self.conv1(x)
+        x = self.conv2(F.relu(self.bn2(x), inplace=True))
         return self.conv3(F.relu(self.bn3(x), inplace=True))
 
     def last_layer(self) -> nn.Conv2d:

@@ -17,7 +17,7 @@ Differences from the released code:
       Stochastic Depth code. Both append the zero channels after the existing ones; `"A-prepend"`
       is A with the zeros before them, as in the BranchyNet code.
     * In a bottleneck the stride is in the 3x3 convolution, as in torchvision; `stride_in_1x1=True`
-      is the paper's network (and gives the paper's FLOPs).
+      is the network of either paper (and gives the paper's FLOPs).
 """
 
 import copy
@@ -32,7 +32,7 @@ from networks.initialization import draw_weights
 from networks.residual_blocks import (
     BasicBlock,
     Bottleneck,
-    PreActivationBlock,
+    PreActivationBasicBlock,
     PreActivationBottleneck,
     Shortcut,
     conv,
@@ -155,6 +155,7 @@ class CifarResNet(ResidualNetwork):
         bottleneck: blocks of three convolutions, 4 times the channels.
         preactivation: BN and ReLU before each convolution.
         conv_bias: convolutions have biases, as in the released Stochastic Depth code.
+        stride_in_1x1: put a bottleneck's stride in its first 1x1 convolution, as He et al. do.
 
     Raises:
         ValueError: no network has this depth, or the options exclude each other.
@@ -170,6 +171,7 @@ class CifarResNet(ResidualNetwork):
         bottleneck: bool = False,
         preactivation: bool = False,
         conv_bias: bool = False,
+        stride_in_1x1: bool = False,
     ):
         super().__init__()
         convs_per_block = 3 if bottleneck else 2
@@ -179,6 +181,8 @@ class CifarResNet(ResidualNetwork):
             raise ValueError(f"depth {depth} is not {formula}: choose one such as {examples}")
         if plain and preactivation:
             raise ValueError("plain networks are post-activation: drop plain or preactivation")
+        if stride_in_1x1 and not bottleneck:
+            raise ValueError("stride_in_1x1 needs bottlenecks: set bottleneck, or drop it")
         self.plain = plain
         self.preactivation = preactivation
         self.num_classes = num_classes
@@ -187,11 +191,13 @@ class CifarResNet(ResidualNetwork):
         if not preactivation:
             self.bn1 = nn.BatchNorm2d(16)
         if preactivation:
-            kind = PreActivationBottleneck if bottleneck else PreActivationBlock
+            kind = PreActivationBottleneck if bottleneck else PreActivationBasicBlock
             make_block = partial(kind, shortcut=shortcut, bias=conv_bias)
         else:
             kind = Bottleneck if bottleneck else BasicBlock
             make_block = partial(kind, shortcut=shortcut, plain=plain, bias=conv_bias)
+        if stride_in_1x1:
+            make_block = partial(make_block, stride_in_1x1=True)
         channels = self.add_layers(16, [blocks_per_layer] * 3, (16, 32, 64), make_block)
         if preactivation:
             self.layer1[0].shares_activation = True  # no block before it has one

@@ -69,7 +69,8 @@ class SlimmableNetwork(nn.Module):
         group_channels: channels at full width of each group.
 
     Raises:
-        ValueError: not exactly one kind of widths, or widths outside (0, 1].
+        ValueError: not exactly one kind of widths, widths outside (0, 1], or a divisor above the
+            channels of a group.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class SlimmableNetwork(nn.Module):
         return len(self.group_channels)
 
     def width(self, width_mult: WidthMult) -> Width:
-        """Makes out a width.
+        """Resolves a width.
 
         Args:
             width_mult: one ratio, or one per group.
@@ -153,7 +154,16 @@ class SlimmableNetwork(nn.Module):
     # --- building ---------------------------------------------------------------------------------
 
     def _group(self, channels: int, multiplier: int = 1) -> Channels:
-        """Returns ``multiplier * channels`` channels that are a new group."""
+        """Returns ``multiplier * channels`` channels that are a new group.
+
+        Raises:
+            ValueError: the divisor is more than they are: all widths would have all of them.
+        """
+        if self.divisor > channels:
+            raise ValueError(
+                f"divisor {self.divisor} is more than the {channels} channels of a group: give "
+                f"{channels} or less"
+            )
         self.group_channels.append(channels)
         return Channels(multiplier * channels, self.num_groups - 1, multiplier)
 

@@ -21,7 +21,7 @@ ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "relu6": nn.ReLU6(inplace=True)}
 
 
 class Width(NamedTuple):
-    """A width made out for a network."""
+    """A width, resolved for a network."""
 
     name: str
     """What BN statistics of this width are filed under: "0.25", or "0.25,0.5,..."."""

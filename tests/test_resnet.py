@@ -436,6 +436,7 @@ def test_a_branch_of_lower_precision_is_added_to_its_shortcut():
         (lambda: CifarResNet(20, plain=True, preactivation=True), "post-activation"),
         (lambda: ResNet(20), "depth 20 is not one of 18, 34"),
         (lambda: ResNet(34, stride_in_1x1=True), "needs bottlenecks"),
+        (lambda: CifarResNet(20, stride_in_1x1=True), "needs bottlenecks: set bottleneck"),
         (lambda: fold_survival_probs(CifarResNet(14), [0.5] * 5), "5 .* 6 blocks"),
     ],
 )
