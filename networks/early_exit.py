@@ -35,6 +35,11 @@ from networks.rows import take_rows
 Criterion = Literal["entropy", "confidence"]
 Criterion.__doc__ = "What says how sure an image is of its class: see `entropy`, `confidence`."
 State = Any
+EXPORT_REMEDY = (
+    "early_exit cannot be traced or exported, which would write down who of the example images "
+    "leaves where: export each of network.stages and network.exits on its own, or a module whose "
+    "forward is run_to_exit at one exit"
+)
 
 
 class HasExits(Protocol):
@@ -238,16 +243,36 @@ def check_criterion(criterion: str) -> None:
     check_choice("exit criterion", criterion, Criterion)
 
 
-def check_thresholds(thresholds: Sequence[float], num_exits: int) -> None:
-    """Raises ValueError unless there is a number for every exit but the last."""
+def check_threshold(name: str, threshold: float, criterion: Criterion) -> None:
+    """Raises ValueError unless a threshold is in the range of its criterion, or infinite.
+
+    Entropies are 0 or more, confidences are from 0 to 1; inf and -inf let all leave or nobody.
+    """
+    is_entropy = criterion == "entropy"
+    if math.isnan(threshold):
+        raise ValueError(f"{name} is NaN: give a number")
+    if not (math.isinf(threshold) or 0 <= threshold <= (math.inf if is_entropy else 1)):
+        remedy = (
+            "an entropy is 0 or more (at 0 or -inf nobody leaves, at inf all do)"
+            if is_entropy
+            else "a confidence is from 0 to 1 (at 0 all leave, at inf nobody does)"
+        )
+        raise ValueError(f"{name} is {threshold}: {remedy}")
+
+
+def check_thresholds(thresholds: Sequence[float], num_exits: int, criterion: Criterion) -> None:
+    """Raises ValueError unless there is one in range for every exit but the last.
+
+    See `check_threshold`.
+    """
+    check_criterion(criterion)
     if len(thresholds) != num_exits - 1:
         raise ValueError(
             f"{len(thresholds)} exit thresholds for {num_exits} exits: give {num_exits - 1}, "
             "shallow to deep; the last exit answers whoever is left"
         )
     for number, threshold in enumerate(thresholds, start=1):
-        if math.isnan(threshold):
-            raise ValueError(f"the threshold of exit {number} is NaN: give a number")
+        check_threshold(f"the threshold of exit {number}", threshold, criterion)
 
 
 # --- inference ------------------------------------------------------------------------------------
@@ -286,13 +311,15 @@ def early_exit(
         exit.
 
     Raises:
-        ValueError: wrong thresholds, unknown criterion, or a network in training mode.
+        ValueError: wrong thresholds, unknown criterion, a network in training mode, or a call while
+            torch traces or exports.
         FloatingPointError: an image has logits that are not finite at the last exit; at the others
             it is not sure and goes on.
     """
     stages, exits = network.stages, network.exits
-    check_criterion(criterion)
-    check_thresholds(thresholds, len(exits))
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(EXPORT_REMEDY)
+    check_thresholds(thresholds, len(exits), criterion)
     if any(getattr(part, "training", False) for part in (network, *exits)):
         raise ValueError("early exit needs a network in evaluation mode: call network.eval()")
 

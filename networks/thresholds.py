@@ -17,7 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from networks.early_exit import Criterion, check_criterion, exits_taken, leaves
+from networks.early_exit import (
+    Criterion,
+    check_criterion,
+    check_threshold,
+    exits_taken,
+    leaves,
+)
 
 ENTROPY_GRID = (
     *(1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075),
@@ -84,8 +90,8 @@ def screen_thresholds(
             many exits, only every second of them, or fourth, ...), and one at which nobody leaves.
 
     Raises:
-        ValueError: shapes that do not fit, no images, a candidate that is NaN, or a grid of more
-            than `MAX_GRID` points.
+        ValueError: shapes that do not fit, no images, a candidate outside the range of the
+            criterion, or a grid of more than `MAX_GRID` points.
     """
     num_images, num_exits = correct.shape
     num_axes = num_exits - 1
@@ -126,8 +132,8 @@ def _sort_candidates(
         while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
             candidates = candidates[::2]
         candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
-    if any(math.isnan(candidate) for candidate in candidates):
-        raise ValueError("a candidate threshold is NaN: give numbers")
+    for candidate in candidates:
+        check_threshold("a candidate threshold", candidate, criterion)
     candidates = sorted(set(candidates), reverse=criterion == "confidence")
     if (len(candidates) + 1) ** num_axes > MAX_GRID:
         raise ValueError(

@@ -146,7 +146,7 @@ def cases(draw, min_images: int = 0, min_exits: int = 1) -> tuple[Tensor, str, l
     for index in range(num_exits - 1):
         scores = exit_score(logits[:, index], criterion).sort().values.tolist()
         middle_first = scores[len(scores) // 2 :] + scores[: len(scores) // 2]
-        ends = [0.0, 0.5, 1.0, 3.0, math.inf, -math.inf]
+        ends = [0.0, 0.5, 1.0, math.inf, -math.inf, *[3.0] * (criterion == "entropy")]
         thresholds.append(draw(st.sampled_from([*middle_first, *middle_first, *ends])))
     return logits, criterion, thresholds
 
@@ -236,9 +236,18 @@ def test_the_order_of_a_batch_is_the_order_of_the_answers(case, data):
 @properties
 def test_a_stricter_threshold_never_lets_an_image_leave_earlier(case, data):
     logits, criterion, thresholds = case
-    sign = -1 if criterion == "entropy" else 1
     amounts = st.sampled_from([0.0, 1e-3, 0.1, 1.0, math.inf])
-    stricter = [t + sign * data.draw(amounts) if math.isfinite(t) else t for t in thresholds]
+
+    def make_stricter(threshold: float) -> float:
+        if math.isinf(threshold):
+            return threshold
+        if criterion == "entropy":
+            threshold -= data.draw(amounts)
+            return threshold if threshold >= 0 else -math.inf
+        threshold += data.draw(amounts)
+        return threshold if threshold <= 1 else math.inf
+
+    stricter = [make_stricter(threshold) for threshold in thresholds]
     images = write_images(logits)
     lax = early_exit(Witness(*logits.shape[1:]), images, thresholds, criterion).exit_index
     strict = early_exit(Witness(*logits.shape[1:]), images, stricter, criterion).exit_index
@@ -255,7 +264,10 @@ def test_ends_of_the_criteria(case):
         ("entropy", 0.0, num_exits - 1),
         ("entropy", above, 0),
         ("confidence", 0.0, 0),
-        ("confidence", 1 + 1e-6, num_exits - 1),
+        ("confidence", math.inf, num_exits - 1),
+        ("confidence", -math.inf, 0),
+        ("entropy", math.inf, 0),
+        ("entropy", -math.inf, num_exits - 1),
     ]:
         network = Witness(num_exits, num_classes)
         limits = [threshold] * len(thresholds)
@@ -323,6 +335,13 @@ def test_a_bad_image_is_counted_among_those_at_the_last_exit():
         ([0.5] * 3, "confidence", "^3 exit thresholds for 3 exits: give 2"),
         ([0.5, math.nan], "entropy", "exit 2 is NaN"),
         ([0.5, 0.5], "margin", "'margin' is unknown: use entropy or confidence"),
+        ([0.5, -0.1], "entropy", "^the threshold of exit 2 is -0.1: an entropy is 0 or more"),
+        (
+            [-0.1, 0.5],
+            "confidence",
+            "^the threshold of exit 1 is -0.1: a confidence is from 0 to 1",
+        ),
+        ([0.5, 95], "confidence", "^the threshold of exit 2 is 95: a confidence is from 0 to 1"),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(thresholds, criterion, message):
@@ -341,6 +360,50 @@ def test_a_network_in_training_mode_is_refused(gates):
         early_exit(target, torch.randn(2, 3, 8, 8), [0.5])
     network.eval()
     early_exit(target, torch.randn(2, 3, 8, 8), [0.5])
+
+
+class Adaptive(nn.Module):
+    """What somebody would export who knows no better."""
+
+    def __init__(self, network: MultiExitNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return early_exit(self.network, images, [0.4, 0.4], "confidence").logits
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer: it is old, and warns of what it bakes
+@pytest.mark.parametrize(
+    "export",
+    [torch.jit.trace, lambda module, images: torch.export.export(module, (images,))],
+    ids=["trace", "export"],
+)
+def test_an_export_that_would_decide_once_for_all_is_refused(export):
+    """A trace answered the next batch as if its images left where those of the first had left."""
+    torch.manual_seed(0)
+    module = Adaptive(Dense()).eval()
+    images = torch.randn(16, 6)
+    taken = early_exit(module.network, images, [0.4, 0.4], "confidence").exit_index
+    assert len(taken.unique()) > 1
+    with pytest.raises(ValueError, match=r"export each of network.stages and network.exits on its"):
+        export(module, images)
+    assert module(images).shape == (16, 4)  # as ever after that
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_refusal_of_an_export_advises_works():
+    torch.manual_seed(0)
+    network, images = Dense().eval(), torch.randn(16, 6)
+    stages = [
+        torch.jit.trace(stage, torch.randn(3, size))
+        for stage, size in zip(network.stages, (6, 5, 5), strict=True)
+    ]
+    exits = [torch.jit.trace(exit_here, torch.randn(3, 5)) for exit_here in network.exits]
+    expected = early_exit(network, images, [0.4, 0.4], "confidence")
+    actual = early_exit(Staged(stages, exits), images, [0.4, 0.4], "confidence")
+    assert torch.equal(actual.exit_index, expected.exit_index)
+    torch.testing.assert_close(actual.logits, expected.logits)
 
 
 def test_one_exit_can_be_run_alone():
@@ -512,12 +575,14 @@ def screenings(draw):
     scores = torch.tensor(draw(st.lists(rows, min_size=num_images, max_size=num_images)))
     correct = draw(st.lists(right, min_size=num_images, max_size=num_images))
     steps = draw(st.lists(st.integers(0, 2), min_size=num_exits, max_size=num_exits))
-    candidates = st.sampled_from([-math.inf, 0.0, 0.1, 0.2, 0.5, 0.9, 1.0, 3.0, math.inf])
+    criterion = draw(st.sampled_from(CRITERIA))
+    above = [3.0] * (criterion == "entropy")
+    candidates = st.sampled_from([-math.inf, 0.0, 0.1, 0.2, 0.5, 0.9, 1.0, *above, math.inf])
     return (
         scores[:, :num_columns].to(draw(st.sampled_from([torch.float32, torch.float64]))),
         torch.tensor(correct),
         list(itertools.accumulate(steps)),
-        draw(st.sampled_from(CRITERIA)),
+        criterion,
         draw(st.lists(candidates, min_size=1, max_size=5)),
     )
 
@@ -633,6 +698,11 @@ def test_candidates_of_the_authors_are_those_of_the_released_code():
         ({"costs": [1, 2, 3, 4]}, "4 costs do not fit"),
         ({"criterion": "margin"}, "'margin' is unknown"),
         ({"candidates": [0.5, math.nan]}, "NaN"),
+        ({"candidates": [0.5, -0.5]}, "threshold is -0.5: an entropy is 0 or more"),
+        (
+            {"candidates": [0.5, 2.0], "criterion": "confidence"},
+            "is 2.0: a confidence is from 0 to",
+        ),
         ({"candidates": torch.linspace(0, 1, 3500).tolist()}, "3500 .* 2 exits .* too large"),
         (
             {"scores": torch.rand(0, 3), "correct": torch.zeros(0, 3, dtype=torch.bool)},
