@@ -287,7 +287,8 @@ class BranchyResNet(ResNetWithExits):
     """B-ResNet: a CIFAR network with branches after the stem and after the first layer; 3 exits.
 
     The trunk differs from He's: its first convolution has no padding, its convolutions have biases,
-    its shortcuts put the new zero channels first, and its last pooling averages 6x6 windows.
+    its shortcuts put the new zero channels first, its BNs have Chainer's epsilon, and its last
+    pooling averages 6x6 windows.
 
     Args:
         depth: 6n+2; 110 is the paper's.
@@ -325,7 +326,12 @@ class BranchyResNet(ResNetWithExits):
         super().__init__(trunk, [0, trunk.num_blocks // 3], [branch1, branch2])
         self.image_size = image_size
         self.taps = taps
-        draw_as_chainer(self, "relu")
+        # As released: He's variance in the residual blocks and the stem, not in the first branch.
+        for part, nonlinearity in ((trunk, "relu"), (branch1, "linear"), (branch2, "relu")):
+            draw_as_chainer(part, nonlinearity)
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eps = 2e-5  # Chainer's
 
     def _cut(self, gates: Sequence[float | Tensor | None]) -> Staged:
         staged = super()._cut(gates)

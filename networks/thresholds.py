@@ -241,11 +241,12 @@ def thresholds_for_fractions(
 
 def geometric_fractions(ratio: float, num_exits: int) -> list[float]:
     """Returns MSDNet's shares of the exits: each exit has `ratio` times that of the one before."""
-    # From the larger end, so that no power overflows.
-    powers = [min(ratio, 1 / ratio) ** index for index in range(num_exits)]
-    if ratio > 1:
-        powers.reverse()
-    return [power / sum(powers) for power in powers]
+    # By logarithms in single precision, as in the released code: a rounding moves an image.
+    powers = (torch.tensor(ratio, dtype=torch.float32).log() * torch.arange(1, num_exits + 1)).exp()
+    shares = powers / powers.sum()
+    if not shares.isfinite().all():  # ratios that are too large or small for that
+        shares = (math.log(ratio) * torch.arange(num_exits, dtype=torch.float64)).softmax(0)
+    return shares.tolist()
 
 
 def check_budget(budget: float, costs: Sequence[float]) -> None:

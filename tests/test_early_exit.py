@@ -855,7 +855,27 @@ def test_fractions_that_do_not_fit_are_refused(fractions, criterion, message):
 def test_geometric_fractions(ratio, num_exits):
     powers = [Fraction(ratio) ** k for k in range(1, num_exits + 1)]
     expected = [float(power / sum(powers)) for power in powers]
-    assert geometric_fractions(ratio, num_exits) == pytest.approx(expected, rel=1e-10)
+    assert geometric_fractions(ratio, num_exits) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_exits", "index", "num_images", "count"),
+    [
+        # 10 exits: 0.1^k / sum is 0.009000000001, of which 5,000 are 45 and those of 10,000 are 90.
+        (0.1, 10, 2, 5_000, 45),
+        (0.1, 10, 2, 10_000, 90),
+        (0.2, 11, 0, 5_000, 3_999),  # of 4000.00008
+        (0.2, 11, 3, 10_000, 63),  # of 64.0000013
+    ],
+)
+def test_shares_are_rounded_as_in_the_released_code(ratio, num_exits, index, num_images, count):
+    """Rounded otherwise, an image more or less is to leave."""
+    fractions = geometric_fractions(ratio, num_exits)
+    scores = torch.rand(num_images, num_exits, generator=torch.Generator().manual_seed(0)).double()
+    scores += torch.arange(num_images)[:, None] * 1e-9  # no ties
+    thresholds = thresholds_for_fractions(scores, fractions)
+    taken = exits_taken(scores, thresholds, "confidence")
+    assert (taken == index).sum() == count
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1e-300, [1, 0, 0]), (1e300, [0, 0, 1])])
