@@ -6,7 +6,7 @@ from typing import Any, get_args
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raises ValueError unless a value is one of a `Literal`'s; the message names them.
 
-    Call it where an `if` over the choices has an `else`: None and misspelt words end up there.
+    Call it before an `if` over the choices: None and misspelt words would end up in its `else`.
     """
     if value not in get_args(choices):
         *others, last = get_args(choices)

@@ -14,7 +14,7 @@ Differences from the released code:
       convolutions of bottlenecks and those of transitions. So do the paper and the released default
       layers; the released memory-efficient layers silently leave dropout out.
     * The stem of a CIFAR network has two growth rates of channels only with bottlenecks and
-      compression both (DenseNet-BC), else 16, as in the paper.
+      compression both (DenseNet-BC), otherwise 16, as in the paper.
     * `memory_efficient` computes every concatenation, BN and ReLU again, also the second of a
       bottleneck and those of stem, transitions and head, and no convolution.
 """
@@ -39,7 +39,7 @@ class Recomputation:
 
     `pack` and `unpack` are hooks for the tensors that autograd saves. Unlike a checkpoint, which
     runs its layers twice, they leave forward alone: a BN counts its batch once, autocast and
-    dropout have done their work. As with a checkpoint, nobody notices if weights change between
+    dropout have done their work. As with a checkpoint, no error tells if weights change between
     forward and backward.
 
     Args:

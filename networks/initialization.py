@@ -1,4 +1,4 @@
-"""How networks draw their weights: layer by layer in the order of definition, once."""
+"""How networks draw their weights: layer by layer, in the order of definition."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -17,7 +17,7 @@ def draw_weights(
 
     Args:
         network: any part of a network.
-        mode: the fan: numbers that an output is made of ("fan_in"), or that an input goes into.
+        mode: the fan: inputs of an output ("fan_in"), or outputs of an input.
         nonlinearity: "linear" draws convolutions from N(0, 1 / fan).
         draw_linear: draws the weights of a linear layer; None: they keep torch's default.
         zero_linear_biases: False: they, too, keep torch's default.

@@ -136,7 +136,7 @@ def make_stem(in_channels: int, widths: Sequence[int], variant: Variant) -> nn.M
 
 
 def make_exit(in_channels: int, num_classes: int, variant: Variant) -> CoarseExit:
-    """Returns an exit for so many channels at the coarsest scale."""
+    """Returns an exit for this number of channels at the coarsest scale."""
     width = 128 if variant == "cifar" else in_channels
     return CoarseExit(
         conv_bn_relu(in_channels, width, 3, stride=2),
@@ -279,8 +279,8 @@ class MSDNet(MultiExitNetwork):
         num_channels: channels behind the stem, times the growth factor of the scale.
         growth_rate: channels that a layer adds, times the growth factor of the scale.
         growth_factors: one per scale, fine to coarse.
-        bottleneck_factors: one per scale, fine to coarse: a branch that reads it has a bottleneck
-            of so many times the channels that the branch adds.
+        bottleneck_factors: one per scale, fine to coarse: the bottleneck of a branch that reads
+            the scale has this many times the channels that the branch adds.
         prune: "max" drops a scale whenever 1/S of the layers is done, and has a transition there;
             "min" drops them in the last layers, and has transitions behind 1/3 and 2/3 of them.
         reduction: share of the channels that a transition keeps.

@@ -6,9 +6,9 @@ Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382)
 
     H_l = ReLU(shortcut_l(H_{l-1}) + gate_l * residual_l(H_{l-1}))
 
-Who draws the gates, and why, is not known here. `gates=None` is the ordinary network. One number
-per block scales its residual branch, and a branch whose gate is 0 is not executed: no compute, no
-BN update. One number per block *and sample* runs the branch on the surviving samples alone.
+The method draws the gates. `gates=None` is the ordinary network. One number per block scales its
+residual branch, and a branch whose gate is 0 is not executed: no compute, no BN update. One number
+per block *and sample* runs the branch on the surviving samples alone.
 
 Differences from the released code:
     * Convolutions have no bias: a BN follows each of them. `conv_bias=True` restores those of the

@@ -6,9 +6,9 @@ arXiv 1903.05134)
 
     y = BN_w(W[:out, :in] * x),    out = round(width * channels),    in = channels of x
 
-Which widths run, and when, is not known here. A width is one ratio, or one per group of channels
-(channels that meet in an addition are one group). It is an argument of `forward`, becomes numbers
-of channels there, and is handed down from layer to layer; a layer takes the inputs that it gets.
+The method chooses the widths. A width is one ratio, or one per group of channels (channels that
+meet in an addition are one group). It is an argument of `forward`, which resolves it to numbers of
+channels and hands it down from layer to layer; a layer takes the inputs that it gets.
 
 With `width_mults` every BN is private to each of these widths (Slimmable). With `width_mult_range`
 its scale and shift are shared, it normalises by the batch in training, and has statistics for those

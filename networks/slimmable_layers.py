@@ -68,7 +68,7 @@ class SlimmableConv2d(nn.Conv2d):
     def slice(
         self, in_channels: int, out_channels: int | None
     ) -> tuple[Tensor, Tensor | None, int]:
-        """Returns weight, bias and groups of the convolution between so many channels."""
+        """Returns weight, bias and groups of the convolution between these numbers of channels."""
         weight, bias, groups = self.weight, self.bias, self.groups
         is_depthwise = groups == self.in_channels == self.out_channels
         if is_depthwise:
@@ -252,7 +252,7 @@ class SlimmableLayer(nn.Module):
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
     def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
-        """Returns plain layers for so many inputs, and the number of their outputs."""
+        """Returns plain layers for this number of inputs, and the number of their outputs."""
         wide, out_channels = self.conv, self.out.at(width)
         weight, bias, groups = wide.slice(in_channels, out_channels)
         geometry = (wide.kernel_size, wide.stride, wide.padding, wide.dilation)
@@ -342,7 +342,7 @@ class SlimmableResidual(nn.Module):
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
     def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
-        """Returns a plain residual block for so many inputs, and the number of its outputs."""
+        """Returns a plain residual block for these inputs, and the number of its outputs."""
         branch, channels = [], in_channels
         for layer in self.layers:
             layers, channels = layer.extract(channels, width)

@@ -5,8 +5,8 @@ Huang et al., Multi-Scale Dense Networks (ICLR 2018, arXiv 1703.09844): shares o
 
     share of exit k = q^k / sum_j q^j;    mean cost = sum_k share_k cost_k <= budget
 
-Scores are entropies or confidences of N images at K exits, see `networks.early_exit`; the last exit
-answers whoever is left, so K exits take K - 1 thresholds.
+Scores are entropies or confidences of N images at K exits, see `networks.early_exit`. The last exit
+answers for all images that are left, so K exits take K - 1 thresholds.
 """
 
 import itertools
@@ -53,7 +53,7 @@ class Screening(NamedTuple):
     """Index of the point of the front that lies highest above the line between its two ends."""
 
     def cheapest(self, min_accuracy: float) -> int:
-        """Returns the index of the cheapest point that is at least so accurate.
+        """Returns the index of the cheapest point that has at least this accuracy.
 
         Raises:
             ValueError: none is.
@@ -87,7 +87,7 @@ def screen_thresholds(
         costs: of an image that leaves at each exit, shallow to deep; any unit.
         criterion: what the scores are.
         candidates: thresholds to try at every exit; None: `ENTROPY_GRID` or `CONFIDENCE_GRID` (of
-            many exits, only every second of them, or fourth, ...), and one at which nobody leaves.
+            many exits, only every second of them, or fourth, ...), and one at which none leaves.
 
     Raises:
         ValueError: shapes that do not fit, no images, a candidate outside the range of the
@@ -144,7 +144,7 @@ def _sort_candidates(
 
 
 def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:
-    """Counts who leaves where at every point of the grid.
+    """Counts the images that leave at each exit, at every point of the grid.
 
     Args:
         ranks: (N, A), of each image at each exit but the last: 0..size.
@@ -161,7 +161,7 @@ def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:
         for axis in range(cells.dim()):
             below = cells.cumsum(axis)
             leave_here = axis == index
-            # Who leaves at this exit has left at none before.
+            # An image that leaves at this exit has left at none before.
             cells = below if leave_here else below.narrow(axis, size, 1) - below
             cells = cells.narrow(axis, 0, size)
         shape = [size] * cells.dim() + [1] * (num_axes - cells.dim())
@@ -201,8 +201,8 @@ def thresholds_for_fractions(
 ) -> list[float]:
     """Returns the thresholds at which given shares of the images take each exit (MSDNet's rule).
 
-    At each exit the surest of those who are left leave, ties included. Where a share is less than
-    an image, or more than who is left, nobody leaves. Use validation data, never test data.
+    At each exit the surest of the images that are left leave, ties included. Where a share is less
+    than an image, or more than are left, none leaves. Use validation data, never test data.
 
     Args:
         scores: (N, K), or (N, K - 1).
@@ -231,7 +231,7 @@ def thresholds_for_fractions(
             threshold = -math.inf if is_entropy else math.inf
         else:
             limit = candidates[min(count, len(candidates)) - 1]
-            if is_entropy:  # who is at the limit leaves, and to leave is to be strictly below
+            if is_entropy:  # an image at the limit leaves, and only those below a threshold do
                 limit = limit.nextafter(limit.new_tensor(math.inf))
             threshold = limit.item()
         thresholds.append(threshold)
@@ -241,7 +241,7 @@ def thresholds_for_fractions(
 
 def geometric_fractions(ratio: float, num_exits: int) -> list[float]:
     """Returns MSDNet's shares of the exits: each exit has `ratio` times that of the one before."""
-    # By logarithms in single precision, as in the released code: a rounding moves an image.
+    # By logarithms in single precision, as in the released code: rounding can move an image.
     powers = (torch.tensor(ratio, dtype=torch.float32).log() * torch.arange(1, num_exits + 1)).exp()
     shares = powers / powers.sum()
     if not shares.isfinite().all():  # ratios that are too large or small for that

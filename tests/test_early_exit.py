@@ -386,7 +386,7 @@ def test_an_export_that_would_decide_once_for_all_is_refused(export):
     images = torch.randn(16, 6)
     taken = early_exit(module.network, images, [0.4, 0.4], "confidence").exit_index
     assert len(taken.unique()) > 1
-    with pytest.raises(ValueError, match=r"export each of network.stages and network.exits on its"):
+    with pytest.raises(ValueError, match=r"Export each of network.stages and network.exits on its"):
         export(module, images)
     assert module(images).shape == (16, 4)  # as ever after that
 
