@@ -8,8 +8,8 @@ Bytes kept for backward by one training step, and its time (forward, loss, backw
 which are constant if memory grows with the depth, and not with its square.
 
 Bytes kept are those of all storages that some operation of the forward pass put out and that still
-live behind it, each counted once. They are found by weak references to the storages, so whoever
-keeps one is seen: autograd, a checkpoint, a list. Parameters, buffers and images do not count.
+live behind it, each counted once. Weak references to the storages find them, whatever keeps one:
+autograd, a checkpoint, a list. Parameters, buffers and images do not count.
 
 Contenders take turns and the table shows medians. Random images; a GPU is used if there is one.
 """

@@ -6,8 +6,8 @@ BranchyNet's three networks at the exit rates of its table I, and an MSDNet of f
 which half as many images take as the one before, in batches of 1 and of 256:
     * measured speed-up over the same network without exits, divided by the speed-up in MACs: at
       least 0.9 at batch 256 and 0.8 at batch 1;
-    * time of `early_exit` when nobody leaves, divided by the time of all stages and exits: at most
-      1.03.
+    * time of `early_exit` when no image leaves, divided by the time of all stages and exits: at
+      most 1.03.
 The columns "by times" tell what a miss is due to. They promise what would be reached if leaving at
 an exit took just the time of the stages and exits up to there, each measured alone at the full
 batch size. Where they promise less than the MACs, MACs are no measure of these layers' time; where
@@ -80,7 +80,7 @@ def find_thresholds(
 ) -> list[float]:
     """Returns thresholds of the entropy at which these shares of the images take each exit.
 
-    They are in the middle between two images, so that rounding decides about nobody.
+    They are in the middle between two images, so that rounding decides about none.
     """
     logits = [torch.cat(answers) for answers in zip(*map(network, batches), strict=True)]
     scores = torch.stack([entropy(answers) for answers in logits], 1)
@@ -92,21 +92,25 @@ def find_thresholds(
     return thresholds
 
 
-def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace) -> None:
-    """Prints the line of a network and a batch size."""
-    device = best_device()
-    torch.manual_seed(0)
-    memory_format = options.memory_format
-    network = case.build().to(device, memory_format=memory_format)
-    num_images = case.pool_size if batch_size == 1 else batch_size
-    images = torch.randn(num_images, *case.image_shape).to(device, memory_format=memory_format)
-    batches = images.split(batch_size)
-    # With BN statistics that are not of these images, all entropies of ResNet-110 would be 0.
+def fit_statistics(network: MultiExitNetwork, images: Tensor) -> None:
+    """Gives BN the statistics of these images: with others all entropies of ResNet-110 are 0."""
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
     network.train()(images)
     network.eval()
+
+
+def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace) -> None:
+    """Prints the line of a network and a batch size."""
+    device = best_device()
+    torch.manual_seed(0)
+    place = {"device": device, "memory_format": options.memory_format}
+    network = case.build().to(**place)
+    num_images = case.pool_size if batch_size == 1 else batch_size
+    images = torch.randn(num_images, *case.image_shape).to(**place)
+    batches = images.split(batch_size)
+    fit_statistics(network, images)
     last = network.num_exits - 1
 
     thresholds = find_thresholds(network, batches, case.shares)
@@ -120,7 +124,7 @@ def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace)
     contenders = {
         "without exits": partial(run_to_exit, network, last),
         "early exit": partial(early_exit, network, thresholds=thresholds),
-        "nobody leaves": partial(early_exit, network, thresholds=[-math.inf] * last),
+        "none leaves": partial(early_exit, network, thresholds=[-math.inf] * last),
         **{k: partial(run_all_exits, part) for k, part in enumerate(parts)},
     }
 
@@ -139,7 +143,7 @@ def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace)
     measured = seconds["without exits"] / seconds["early exit"]
     by_macs = costs.trunk / mean(costs.leaving)
     by_times = seconds["without exits"] / mean(leaving_times)
-    overhead = seconds["nobody leaves"] / leaving_times[-1]
+    overhead = seconds["none leaves"] / leaving_times[-1]
     milliseconds = 1000 * seconds["without exits"] / num_images
     print(
         f"{name:<11}{batch_size:>5}  {shares:<22}{milliseconds:>9.3f}{measured:>10.2f}"

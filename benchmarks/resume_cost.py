@@ -67,7 +67,7 @@ trainer:
 
 
 class EndProcess(Callback):
-    """Ends the process, as a kill would, after so many training steps of it."""
+    """Ends the process, as a kill would, after this many training steps of it."""
 
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
@@ -111,7 +111,7 @@ class Turns(LightningDataModule):
         try:
             trainer.fit(module, datamodule=self)
         finally:
-            # Whoever waits for a turn of this one, perhaps failed, waits no longer.
+            # This one may have failed: those that wait for its turn go on.
             self.next.mine.release(self.num_steps)
 
 

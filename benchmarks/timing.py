@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def best_device() -> torch.device:
-    """Returns the GPU if there is one, else the CPU."""
+    """Returns the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -101,7 +101,7 @@ class MultiExitClassifier(ImageClassifier):
             raise ValueError("the network has no early exit: give it one, or use LitResNet")
         check_criterion(exit_criterion)
         if exit_thresholds is not None:
-            check_thresholds(exit_thresholds, net.num_exits)
+            check_thresholds(exit_thresholds, net.num_exits, exit_criterion)
         self.exit_criterion = exit_criterion
         self.given_thresholds = exit_thresholds and list(exit_thresholds)
         self.exit_names = [*(f"exit{k}" for k in range(1, net.num_exits)), FULL]

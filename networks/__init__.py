@@ -32,14 +32,13 @@ from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
 from networks.msdnet import MSDNet
 from networks.recalibration import recalibrate
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
-from networks.slimmable import (
+from networks.slimmable import SlimmableNetwork, extract
+from networks.slimmable_layers import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
     SlimmableLinear,
-    SlimmableNetwork,
     SwitchableBatchNorm2d,
     WidthMult,
-    extract,
 )
 from networks.slimmable_resnet import SlimmableCifarResNet, SlimmableResNet
 from networks.thresholds import (

@@ -24,23 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.choices import check_choice
 from networks.early_exit import MultiExitNetwork, Staged, run_all_exits
-from networks.resnet import BasicBlock, CifarResNet, Gates, ResidualNetwork
+from networks.initialization import draw_weights
+from networks.residual_blocks import BasicBlock
+from networks.resnet import CifarResNet, Gates, ResidualNetwork
 
 Taps = Literal["released", "paper"]
 
 
-def initialize(network: nn.Module, conv_nonlinearity: Literal["linear", "relu"]) -> None:
+def draw_as_chainer(network: nn.Module, nonlinearity: Literal["linear", "relu"] = "linear") -> None:
     """Draws weights from N(0, 1 / fan in), Chainer's default, and zeroes biases.
 
-    Convolutions draw from N(0, 2 / fan in) if the nonlinearity is "relu".
+    With "relu" convolutions draw from N(0, 2 / fan in).
     """
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            is_conv = isinstance(layer, nn.Conv2d)
-            nonlinearity = conv_nonlinearity if is_conv else "linear"
-            nn.init.kaiming_normal_(layer.weight, nonlinearity=nonlinearity)
-            nn.init.zeros_(layer.bias)
+    draw_linear = partial(nn.init.kaiming_normal_, nonlinearity="linear")
+    draw_weights(network, "fan_in", nonlinearity, draw_linear)
 
 
 class LocalResponseNorm(nn.Module):
@@ -120,7 +119,7 @@ class BranchyLeNet(MultiExitNetwork):
                 nn.Linear(84, num_classes),
             ]
         )
-        initialize(self, "linear")
+        draw_as_chainer(self)
 
 
 class BranchyAlexNet(MultiExitNetwork):
@@ -145,6 +144,7 @@ class BranchyAlexNet(MultiExitNetwork):
         taps: Taps = "released",
     ):
         super().__init__()
+        check_choice("taps", taps, Taps)
         if image_size < 16:
             raise ValueError(f"image_size {image_size} is too small: use 16 or more")
         self.num_classes = num_classes
@@ -152,16 +152,11 @@ class BranchyAlexNet(MultiExitNetwork):
         conv1 = nn.Conv2d(in_channels, 32, 5, padding=2)
         conv2 = nn.Conv2d(32, 64, 5, padding=2)
         conv3 = nn.Conv2d(64, 96, 3, padding=1)
-        norm1 = (pool(3), relu(), LocalResponseNorm())
-        norm2 = (pool(3), relu(), LocalResponseNorm())
+        norm1, norm2 = ((pool(3), relu(), LocalResponseNorm()) for _ in range(2))
         top = (
             *(nn.Conv2d(96, 96, 3, padding=1), relu()),
             *(nn.Conv2d(96, 64, 3, padding=1), relu(), pool(3), nn.Flatten()),
-            *(
-                nn.Linear(64 * pooled(image_size, 3, 3) ** 2, 256),
-                relu(),
-                nn.Dropout(0.5),
-            ),
+            *(nn.Linear(64 * pooled(image_size, 3, 3) ** 2, 256), relu(), nn.Dropout(0.5)),
             *(nn.Linear(256, 128), relu(), nn.Dropout(0.5)),
         )
         if taps == "released":
@@ -172,21 +167,18 @@ class BranchyAlexNet(MultiExitNetwork):
             stages = [(conv1, *norm1), (conv2, *norm2), (conv3, relu(), *top)]
             channels, second_norm = (32, 64), ()
             sizes = pooled(image_size, 3, 2), pooled(image_size, 3, 3)
-        branch1 = (
+        branch1 = nn.Sequential(
             *(nn.Conv2d(channels[0], 32, 3, padding=1), relu()),
             *(nn.Conv2d(32, 32, 3, padding=1), relu()),
             *(pool(3), nn.Flatten(), nn.Linear(32 * sizes[0] ** 2, num_classes)),
         )
-        branch2 = (
-            *second_norm,
-            *(nn.Conv2d(channels[1], 32, 3, padding=1), relu()),
+        branch2 = nn.Sequential(
+            *(*second_norm, nn.Conv2d(channels[1], 32, 3, padding=1), relu()),
             *(pool(3), nn.Flatten(), nn.Linear(32 * sizes[1] ** 2, num_classes)),
         )
         self.stages = nn.ModuleList(nn.Sequential(*layers) for layers in stages)
-        self.exits = nn.ModuleList(
-            [nn.Sequential(*branch1), nn.Sequential(*branch2), nn.Linear(128, num_classes)]
-        )
-        initialize(self, "linear")
+        self.exits = nn.ModuleList([branch1, branch2, nn.Linear(128, num_classes)])
+        draw_as_chainer(self)
 
 
 class ResNetWithExits(MultiExitNetwork):
@@ -295,7 +287,8 @@ class BranchyResNet(ResNetWithExits):
     """B-ResNet: a CIFAR network with branches after the stem and after the first layer; 3 exits.
 
     The trunk differs from He's: its first convolution has no padding, its convolutions have biases,
-    its shortcuts put the new zero channels first, and its last pooling averages 6x6 windows.
+    its shortcuts put the new zero channels first, its BNs have Chainer's epsilon, and its last
+    pooling averages 6x6 windows.
 
     Args:
         depth: 6n+2; 110 is the paper's.
@@ -317,6 +310,7 @@ class BranchyResNet(ResNetWithExits):
         image_size: int = 32,
         taps: Taps = "released",
     ):
+        check_choice("taps", taps, Taps)
         size = image_size - 2
         branch1 = nn.Sequential(
             *(nn.Conv2d(16, 64, 5, padding=2), relu(), LocalResponseNorm()),
@@ -332,7 +326,12 @@ class BranchyResNet(ResNetWithExits):
         super().__init__(trunk, [0, trunk.num_blocks // 3], [branch1, branch2])
         self.image_size = image_size
         self.taps = taps
-        initialize(self, "relu")
+        # As released: He's variance in the residual blocks and the stem, not in the first branch.
+        for part, nonlinearity in ((trunk, "relu"), (branch1, "linear"), (branch2, "relu")):
+            draw_as_chainer(part, nonlinearity)
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eps = 2e-5  # Chainer's
 
     def _cut(self, gates: Sequence[float | Tensor | None]) -> Staged:
         staged = super()._cut(gates)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 TIMED_BATCH_SIZE = 64
 """Images in a batch whose time is measured, wherever a time per image is reported."""
 NUM_TIMED_ROUNDS = 5
-"""Times that an operating point is run, of which the median counts; a first time warms up."""
+"""Timed runs of an operating point, whose median counts; one more before them warms up."""
 
 
 def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
@@ -22,8 +22,8 @@ def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
 
     BN, ReLU, pooling, biases and additions count 0, the convention of the papers (which say
     "FLOPs"). Only what is executed is counted: a closed gate, a narrow width or an early exit costs
-    what it costs. Works on the meta device. Put the network in evaluation mode first, else its BN
-    statistics take part.
+    what it costs. Works on the meta device. Put the network in evaluation mode first:
+    in training mode its BN statistics change.
 
     Args:
         function: a network, or one of its operating points.
@@ -64,7 +64,7 @@ def count_params_run(network: nn.Module, function: Callable[[Tensor], Any], imag
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when a GPU has done what it was given, as every measurement of time has to."""
+    """Waits until a GPU has done all its work; every measurement of time needs that."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -77,8 +77,8 @@ def median_seconds(
 ) -> dict[str, float]:
     """Times contenders side by side, so that a busy machine slows all of them alike.
 
-    Each runs once per round, in an order that the number of the round decides: who runs behind whom
-    decides what is in the caches, and which memory has been given back.
+    Each runs once per round, in an order that depends on the number of the round: what ran before
+    decides what is in the caches, and which memory is free.
 
     Args:
         contenders: functions of the number of the round; warm-up rounds have negative numbers.

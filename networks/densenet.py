@@ -14,7 +14,7 @@ Differences from the released code:
       convolutions of bottlenecks and those of transitions. So do the paper and the released default
       layers; the released memory-efficient layers silently leave dropout out.
     * The stem of a CIFAR network has two growth rates of channels only with bottlenecks and
-      compression both (DenseNet-BC), else 16, as in the paper.
+      compression both (DenseNet-BC), otherwise 16, as in the paper.
     * `memory_efficient` computes every concatenation, BN and ReLU again, also the second of a
       bottleneck and those of stem, transitions and head, and no convolution.
 """
@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from networks.initialization import draw_weights
+
 
 def concatenate(features: Sequence[Tensor]) -> Tensor:
     return features[0] if len(features) == 1 else torch.cat(features, 1)
@@ -37,7 +39,7 @@ class Recomputation:
 
     `pack` and `unpack` are hooks for the tensors that autograd saves. Unlike a checkpoint, which
     runs its layers twice, they leave forward alone: a BN counts its batch once, autocast and
-    dropout have done their work. As with a checkpoint, nobody notices if weights change between
+    dropout have done their work. As with a checkpoint, no error tells if weights change between
     forward and backward.
 
     Args:
@@ -239,14 +241,7 @@ class DenselyConnectedNetwork(nn.Module):
             channels += num_layers * growth_rate
         self.features[f"norm{number + 1}"] = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
-        self.initialize()
-
-    def initialize(self) -> None:
-        """Draws the convolutions from He's normal distribution (fan out), zeroes the last bias."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.classifier.bias)
+        draw_weights(self, "fan_out")
 
     def stem(self, images: Tensor) -> Tensor:
         raise NotImplementedError("the networks for CIFAR and ImageNet begin differently")

@@ -8,8 +8,8 @@ Huang et al., Multi-Scale Dense Networks (ICLR 2018, arXiv 1703.09844): confiden
 
 A network with exits has `stages` and `exits`, separately callable, as many of one as of the other.
 A state is a tensor, or any tree of tensors (tuples, lists, dicts), whose first dimension is the
-batch. The last exit answers whoever is left, so K exits take K - 1 thresholds; how to find them is
-in `networks.thresholds`.
+batch. The last exit answers for all images that are left, so K exits take K - 1 thresholds;
+`networks.thresholds` finds them.
 
 Differences from the released code:
     * BranchyNet's measures the trunk alone; here, too, branches are run only for the images that
@@ -22,18 +22,24 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from networks.choices import check_choice
 from networks.cost import NUM_TIMED_ROUNDS, count_macs, median_seconds
 from networks.rows import take_rows
 
 Criterion = Literal["entropy", "confidence"]
 Criterion.__doc__ = "What says how sure an image is of its class: see `entropy`, `confidence`."
 State = Any
+EXPORT_REMEDY = (
+    "early_exit cannot be traced or exported: later batches would leave where the example images "
+    "left. Export each of network.stages and network.exits on its own, or a module whose forward "
+    "is run_to_exit at one exit"
+)
 
 
 class HasExits(Protocol):
@@ -219,35 +225,58 @@ def _widen(logits: Tensor) -> Tensor:
 
 def exit_score(logits: Tensor, criterion: Criterion) -> Tensor:
     """Returns what a criterion compares with its thresholds: entropy or confidence, (N,)."""
-    return entropy(logits) if criterion == "entropy" else confidence(logits)
+    if criterion == "entropy":
+        return entropy(logits)
+    check_criterion(criterion)
+    return confidence(logits)
 
 
 def leaves(scores: Tensor, thresholds: float | Tensor, criterion: Criterion) -> Tensor:
-    """Tells who leaves: entropy strictly below the threshold, or confidence at least as high.
+    """Tells which images leave: entropy strictly below the threshold, or confidence at or above it.
 
     NaN never leaves.
     """
-    return scores < thresholds if criterion == "entropy" else scores >= thresholds
+    if criterion == "entropy":
+        return scores < thresholds
+    check_criterion(criterion)
+    return scores >= thresholds
 
 
 def check_criterion(criterion: str) -> None:
     """Raises ValueError if the criterion is unknown."""
-    if criterion not in get_args(Criterion):
-        raise ValueError(
-            f"exit criterion {criterion!r} is unknown: use {' or '.join(get_args(Criterion))}"
+    check_choice("exit criterion", criterion, Criterion)
+
+
+def check_threshold(name: str, threshold: float, criterion: Criterion) -> None:
+    """Raises ValueError unless a threshold is in the range of its criterion, or infinite.
+
+    Entropies are 0 or more, confidences are from 0 to 1; at inf and -inf all images leave, or none.
+    """
+    is_entropy = criterion == "entropy"
+    if math.isnan(threshold):
+        raise ValueError(f"{name} is NaN: give a number")
+    if not (math.isinf(threshold) or 0 <= threshold <= (math.inf if is_entropy else 1)):
+        remedy = (
+            "an entropy is 0 or more (at 0 or -inf none leaves, at inf all do)"
+            if is_entropy
+            else "a confidence is from 0 to 1 (at 0 all leave, at inf none does)"
         )
+        raise ValueError(f"{name} is {threshold}: {remedy}")
 
 
-def check_thresholds(thresholds: Sequence[float], num_exits: int) -> None:
-    """Raises ValueError unless there is a number for every exit but the last."""
+def check_thresholds(thresholds: Sequence[float], num_exits: int, criterion: Criterion) -> None:
+    """Raises ValueError unless there is one in range for every exit but the last.
+
+    See `check_threshold`.
+    """
+    check_criterion(criterion)
     if len(thresholds) != num_exits - 1:
         raise ValueError(
             f"{len(thresholds)} exit thresholds for {num_exits} exits: give {num_exits - 1}, "
-            "shallow to deep; the last exit answers whoever is left"
+            "shallow to deep; the last exit answers for the rest"
         )
     for number, threshold in enumerate(thresholds, start=1):
-        if math.isnan(threshold):
-            raise ValueError(f"the threshold of exit {number} is NaN: give a number")
+        check_threshold(f"the threshold of exit {number}", threshold, criterion)
 
 
 # --- inference ------------------------------------------------------------------------------------
@@ -286,13 +315,15 @@ def early_exit(
         exit.
 
     Raises:
-        ValueError: wrong thresholds, unknown criterion, or a network in training mode.
+        ValueError: wrong thresholds, unknown criterion, a network in training mode, or a call while
+            torch traces or exports.
         FloatingPointError: an image has logits that are not finite at the last exit; at the others
             it is not sure and goes on.
     """
     stages, exits = network.stages, network.exits
-    check_criterion(criterion)
-    check_thresholds(thresholds, len(exits))
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(EXPORT_REMEDY)
+    check_thresholds(thresholds, len(exits), criterion)
     if any(getattr(part, "training", False) for part in (network, *exits)):
         raise ValueError("early exit needs a network in evaluation mode: call network.eval()")
 
@@ -329,7 +360,7 @@ def early_exit(
 
 
 def _require_finite(logits: Tensor) -> None:
-    # The sum is sooner done, and may only be wrong in one way: it may overflow.
+    # The sum is faster, and wrong in one way alone: it can overflow.
     if not math.isfinite(logits.sum()) and not logits.isfinite().all():
         num_bad = int((~logits.isfinite()).any(1).sum())
         raise FloatingPointError(

@@ -10,7 +10,8 @@ Differences from the released slimmable code: those of `networks.slimmable`.
 
 from collections.abc import Sequence
 
-from networks.slimmable import Channels, SlimmableNetwork, SlimmableResidual
+from networks.slimmable import SlimmableNetwork
+from networks.slimmable_layers import Channels, SlimmableResidual
 
 
 class SlimmableMobileNetV1(SlimmableNetwork):

@@ -30,12 +30,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from networks.choices import check_choice
 from networks.early_exit import MultiExitNetwork
+from networks.initialization import draw_weights
 
 StepMode = Literal["even", "lin_grow"]
 Prune = Literal["max", "min"]
@@ -81,6 +83,40 @@ class Cell(nn.Module):
         return x if self.transition is None else self.transition(x)
 
 
+def make_layer(
+    counts: tuple[int, int],
+    channels: int,
+    growth_rate: int,
+    growth_factors: Sequence[int],
+    bottleneck_factors: Sequence[int],
+    kept: int | None,
+) -> nn.ModuleDict:
+    """Returns the cells of a layer; numbers of channels are those before the growth factors.
+
+    Args:
+        counts: number of scales before the layer, and behind it.
+        channels: what a cell reads of its own scale.
+        growth_rate: what it adds.
+        growth_factors, bottleneck_factors: see `MSDNet`.
+        kept: what its transition leaves; None: it has none.
+    """
+    before, behind = counts
+    num_scales = len(growth_factors)
+    layer = nn.ModuleDict()
+    for scale in range(num_scales - behind, num_scales):
+        factor = growth_factors[scale]
+        added, down, transition = growth_rate * factor, None, None
+        if scale > num_scales - before:
+            added //= 2
+            finer = channels * growth_factors[scale - 1]
+            down = branch(finer, added, bottleneck_factors[scale - 1], stride=2)
+        normal = branch(channels * factor, added, bottleneck_factors[scale])
+        if kept is not None:
+            transition = conv_bn_relu((channels + growth_rate) * factor, kept * factor, 1)
+        layer[f"scale{scale}"] = Cell(down, normal, transition)
+    return layer
+
+
 class CoarseExit(nn.Sequential):
     """An exit: its layers read the coarsest scale."""
 
@@ -100,7 +136,7 @@ def make_stem(in_channels: int, widths: Sequence[int], variant: Variant) -> nn.M
 
 
 def make_exit(in_channels: int, num_classes: int, variant: Variant) -> CoarseExit:
-    """Returns an exit for so many channels at the coarsest scale."""
+    """Returns an exit for this number of channels at the coarsest scale."""
     width = 128 if variant == "cifar" else in_channels
     return CoarseExit(
         conv_bn_relu(in_channels, width, 3, stride=2),
@@ -114,12 +150,29 @@ def make_exit(in_channels: int, num_classes: int, variant: Variant) -> CoarseExi
 # --- which cells there are, and when they are computed --------------------------------------------
 
 
+def find_depths(num_blocks: int, base: int, step: int, step_mode: StepMode) -> tuple[int, ...]:
+    """Returns how many layers there are before each exit."""
+    check_choice("step_mode", step_mode, StepMode)
+    steps = [step if step_mode == "even" else step * i + 1 for i in range(1, num_blocks)]
+    return tuple(itertools.accumulate([base, *steps]))
+
+
 def count_scales(num_layers: int, num_scales: int, prune: Prune) -> list[int]:
     """Returns how many scales, the coarsest ones, there are before and behind each layer."""
+    check_choice("prune", prune, Prune)
     if prune == "max":
         interval = math.ceil(num_layers / num_scales)
         return [num_scales, *(num_scales - layer // interval for layer in range(num_layers))]
     return [num_scales, *(min(num_scales, num_layers - layer) for layer in range(num_layers))]
+
+
+def find_cuts(counts: Sequence[int], prune: Prune) -> list[int]:
+    """Returns the layers, from 1, that end with a transition."""
+    if prune == "max":
+        drops = enumerate(itertools.pairwise(counts), start=1)
+        return [layer for layer, (before, behind) in drops if behind < before]
+    num_layers = len(counts) - 1
+    return [num_layers // 3, 2 * num_layers // 3]
 
 
 class Plan(NamedTuple):
@@ -164,12 +217,6 @@ def make_plans(counts: Sequence[int], depths: Sequence[int], lazy: bool) -> list
 
 
 # --- the network ----------------------------------------------------------------------------------
-
-
-def require_known(name: str, value: str, choices: type) -> None:
-    """Raises ValueError if a choice does not exist."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} {value!r} is unknown: use {' or '.join(get_args(choices))}")
 
 
 def require_positive(numbers: dict[str, int]) -> None:
@@ -232,8 +279,8 @@ class MSDNet(MultiExitNetwork):
         num_channels: channels behind the stem, times the growth factor of the scale.
         growth_rate: channels that a layer adds, times the growth factor of the scale.
         growth_factors: one per scale, fine to coarse.
-        bottleneck_factors: one per scale, fine to coarse: a branch that reads it has a bottleneck
-            of so many times the channels that the branch adds.
+        bottleneck_factors: one per scale, fine to coarse: the bottleneck of a branch that reads
+            the scale has this many times the channels that the branch adds.
         prune: "max" drops a scale whenever 1/S of the layers is done, and has a transition there;
             "min" drops them in the last layers, and has transitions behind 1/3 and 2/3 of them.
         reduction: share of the channels that a transition keeps.
@@ -272,50 +319,33 @@ class MSDNet(MultiExitNetwork):
         lazy: bool = False,
     ):
         super().__init__()
-        require_known("step_mode", step_mode, StepMode)
-        require_known("prune", prune, Prune)
-        require_known("variant", variant, Variant)
+        check_choice("variant", variant, Variant)
         numbers = {"num_blocks": num_blocks, "base": base, "step": step}
         require_positive({**numbers, "num_channels": num_channels, "growth_rate": growth_rate})
         require_factors(growth_rate, growth_factors, bottleneck_factors)
         if not 0 < reduction <= 1:
             raise ValueError(f"reduction {reduction} is not in (0, 1]: 1 keeps all channels")
         self.num_classes = num_classes
-        steps = [step if step_mode == "even" else step * i + 1 for i in range(1, num_blocks)]
-        self.depths = tuple(itertools.accumulate([base, *steps]))
-        num_layers, num_scales = self.depths[-1], len(growth_factors)
-        require_layers(num_layers, num_scales, prune)
-        counts = count_scales(num_layers, num_scales, prune)
-        drops = [layer for layer in range(1, num_layers + 1) if counts[layer] < counts[layer - 1]]
-        cuts = drops if prune == "max" else [num_layers // 3, 2 * num_layers // 3]
+        self.depths = find_depths(num_blocks, base, step, step_mode)
+        require_layers(self.depths[-1], len(growth_factors), prune)
+        counts = count_scales(self.depths[-1], len(growth_factors), prune)
+        cuts = find_cuts(counts, prune)
 
         channels = num_channels
         self.stem = make_stem(in_channels, [channels * f for f in growth_factors], variant)
-        self.layers = nn.ModuleList()
-        self.exits = nn.ModuleList()
-        for number, (before, count) in enumerate(itertools.pairwise(counts), start=1):
+        self.layers, self.exits = nn.ModuleList(), nn.ModuleList()
+        for number, pair in enumerate(itertools.pairwise(counts), start=1):
             grown = channels + growth_rate
             kept = math.floor(reduction * grown) if number in cuts else grown
             if kept < 1:
                 raise ValueError(f"a reduction to {reduction} leaves no channels: use 0.5")
-            widths = [channels * factor for factor in growth_factors]
-            layer = nn.ModuleDict()
-            for scale in range(num_scales - count, num_scales):
-                factor = growth_factors[scale]
-                added, down, transition = growth_rate * factor, None, None
-                if scale > num_scales - before:
-                    added //= 2
-                    down = branch(widths[scale - 1], added, bottleneck_factors[scale - 1], stride=2)
-                normal = branch(widths[scale], added, bottleneck_factors[scale])
-                if number in cuts:
-                    transition = conv_bn_relu(grown * factor, kept * factor, 1)
-                layer[f"scale{scale}"] = Cell(down, normal, transition)
-            self.layers.append(layer)
+            sizes = pair, channels, growth_rate, growth_factors, bottleneck_factors
+            self.layers.append(make_layer(*sizes, kept=kept if number in cuts else None))
             channels = kept
             if number in self.depths:
                 self.exits.append(make_exit(channels * growth_factors[-1], num_classes, variant))
         self.plans = make_plans(counts, self.depths, lazy)
-        self.initialize()
+        draw_weights(self, "fan_out")
 
     @property
     def stages(self):
@@ -332,11 +362,3 @@ class MSDNet(MultiExitNetwork):
             cell = self.layers[layer][f"scale{scale}"]
             features[scale] = cell(features[scale], features.get(scale - 1))
         return [features[scale] for scale in range(plan.finest, num_scales)]
-
-    def initialize(self) -> None:
-        """Draws convolutions from He's normal distribution (fan out) and zeroes linear biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)

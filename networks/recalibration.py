@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from networks.slimmable import SlimmableBatchNorm2d
+from networks.slimmable_layers import SlimmableBatchNorm2d
 
 BatchNorm = _BatchNorm | SlimmableBatchNorm2d
 

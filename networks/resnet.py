@@ -6,9 +6,9 @@ Huang et al., Deep Networks with Stochastic Depth (arXiv 1603.09382)
 
     H_l = ReLU(shortcut_l(H_{l-1}) + gate_l * residual_l(H_{l-1}))
 
-Who draws the gates, and why, is not known here. `gates=None` is the ordinary network. One number
-per block scales its residual branch, and a branch whose gate is 0 is not executed: no compute, no
-BN update. One number per block *and sample* runs the branch on the surviving samples alone.
+The method draws the gates. `gates=None` is the ordinary network. One number per block scales its
+residual branch, and a branch whose gate is 0 is not executed: no compute, no BN update. One number
+per block *and sample* runs the branch on the surviving samples alone.
 
 Differences from the released code:
     * Convolutions have no bias: a BN follows each of them. `conv_bias=True` restores those of the
@@ -17,264 +17,28 @@ Differences from the released code:
       Stochastic Depth code. Both append the zero channels after the existing ones; `"A-prepend"`
       is A with the zeros before them, as in the BranchyNet code.
     * In a bottleneck the stride is in the 3x3 convolution, as in torchvision; `stride_in_1x1=True`
-      is the paper's network (and gives the paper's FLOPs).
+      is the network of either paper (and gives the paper's FLOPs).
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Literal
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.rows import add_rows, take_rows
+from networks.initialization import draw_weights
+from networks.residual_blocks import (
+    BasicBlock,
+    Bottleneck,
+    PreActivationBasicBlock,
+    PreActivationBottleneck,
+    Shortcut,
+    conv,
+)
 
-Shortcut = Literal["A", "A-average", "A-prepend", "B", "C"]
 Gates = Sequence[float] | Tensor
-
-
-def add_gated(
-    shortcut: Tensor, residual: Callable[[Tensor], Tensor], x: Tensor, gate: float | Tensor | None
-) -> Tensor:
-    """Returns ``shortcut + gate * residual(x)`` and runs `residual` only where the gate is not 0.
-
-    Args:
-        shortcut: (N, C, H, W).
-        residual: the branch, from (n, ...) to (n, C, H, W) for any n.
-        x: input of the branch, (N, ...).
-        gate: None (open), one number, or a CPU tensor (N,) with a number per sample.
-
-    Returns:
-        (N, C, H, W). It is `shortcut` itself when nothing was executed.
-    """
-    if gate is None:
-        return shortcut + residual(x)
-    if not isinstance(gate, Tensor):
-        return shortcut if gate == 0 else shortcut.add(residual(x), alpha=gate)
-
-    rows = gate.nonzero().squeeze(1)
-    if len(rows) == 0:
-        return shortcut
-    scale = gate[rows]
-    everyone = len(rows) == len(gate)
-    rows = rows.to(x.device)
-    branch = residual(x if everyone else take_rows(x, rows)).to(shortcut.dtype)
-    if (scale != 1).any():
-        branch = branch * scale.to(branch).view(-1, 1, 1, 1)
-    return shortcut + branch if everyone else add_rows(shortcut, rows, branch)
-
-
-class PadShortcut(nn.Module):
-    """Option A: no parameters. Strides by subsampling or averaging, adds zero channels."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, kind: Shortcut):
-        super().__init__()
-        num_new = out_channels - in_channels
-        self.padding = (num_new, 0) if kind == "A-prepend" else (0, num_new)
-        self.stride = stride
-        self.average = kind == "A-average"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1 and self.average:
-            # On odd sizes the strided convolution rounds up, and so must the average.
-            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
-        elif self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, *self.padding))
-
-
-def conv(in_channels: int, out_channels: int, size: int, stride: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=bias)
-
-
-def make_shortcut(
-    kind: Shortcut, in_channels: int, out_channels: int, stride: int, bias: bool, norm: bool
-) -> nn.Module | None:
-    """Returns the module on the shortcut of a block, None for the identity."""
-    same = in_channels == out_channels and stride == 1
-    if same and kind != "C":
-        return None
-    if kind in ("A", "A-average", "A-prepend"):
-        return PadShortcut(in_channels, out_channels, stride, kind)
-    projection = conv(in_channels, out_channels, 1, stride, bias)
-    return nn.Sequential(projection, nn.BatchNorm2d(out_channels)) if norm else projection
-
-
-class Block(nn.Module):
-    """A residual block with its ReLU after the addition. Subclasses build and run the branch.
-
-    Attributes:
-        plain: no shortcut at all (He's plain networks).
-        downsample: the module on the shortcut, None for the identity.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        plain: bool,
-        bias: bool,
-    ):
-        super().__init__()
-        self.plain = plain
-        self.downsample = None
-        if not plain:
-            self.downsample = make_shortcut(
-                shortcut, in_channels, out_channels, stride, bias, norm=True
-            )
-
-    def residual(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("each kind of block has a branch of its own")
-
-    def last_layer(self) -> nn.BatchNorm2d | nn.Conv2d:
-        """Returns the layer whose output is the branch's output: scaling it scales the branch."""
-        raise NotImplementedError("each kind of block has a branch of its own")
-
-    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
-        if self.plain:
-            return F.relu(self.residual(x), inplace=True)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = add_gated(shortcut, self.residual, x, gate)
-        # A closed identity block returns x, which an earlier ReLU has made non-negative.
-        if out is x:
-            return x
-        # Per sample, `out` may be a view, and autograd would copy it to change it in place.
-        return F.relu(out, inplace=not isinstance(gate, Tensor))
-
-
-class BasicBlock(Block):
-    """Two 3x3 layers."""
-
-    expansion = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        plain: bool,
-        bias: bool,
-    ):
-        super().__init__(in_channels, channels, stride, shortcut, plain, bias)
-        self.conv1 = conv(in_channels, channels, 3, stride, bias)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, 1, bias)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def residual(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.bn2(self.conv2(x))
-
-    def last_layer(self) -> nn.BatchNorm2d:
-        return self.bn2
-
-
-class Bottleneck(Block):
-    """1x1, 3x3, 1x1 layers; the output has 4 times the channels of the middle."""
-
-    expansion = 4
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        plain: bool,
-        bias: bool,
-        stride_in_1x1: bool = False,
-    ):
-        out_channels = self.expansion * channels
-        super().__init__(in_channels, out_channels, stride, shortcut, plain, bias)
-        self.conv1 = conv(in_channels, channels, 1, stride if stride_in_1x1 else 1, bias)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, 1 if stride_in_1x1 else stride, bias)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = conv(channels, out_channels, 1, 1, bias)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-
-    def residual(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        return self.bn3(self.conv3(x))
-
-    def last_layer(self) -> nn.BatchNorm2d:
-        return self.bn3
-
-
-class PreActivationBlock(nn.Module):
-    """A block whose BN and ReLU come before each convolution; nothing follows the addition.
-
-    Where the shape changes, and in the first block of the network, both paths read the first
-    activation; elsewhere that activation belongs to the branch, and a closed gate skips it too.
-    """
-
-    expansion = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        bias: bool,
-        first: bool,
-    ):
-        super().__init__()
-        out_channels = self.expansion * channels
-        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, bias, False)
-        self.shares_activation = first or self.downsample is not None
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.build(in_channels, channels, stride, bias)
-
-    def build(self, in_channels: int, channels: int, stride: int, bias: bool) -> None:
-        self.conv1 = conv(in_channels, channels, 3, stride, bias)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, 1, bias)
-
-    def activate(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn1(x), inplace=True)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        return self.conv2(F.relu(self.bn2(x), inplace=True))
-
-    def residual(self, x: Tensor) -> Tensor:
-        return self.convolve(self.activate(x))
-
-    def last_layer(self) -> nn.Conv2d:
-        return self.conv2
-
-    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
-        if not self.shares_activation:
-            return add_gated(x, self.residual, x, gate)
-        x = self.activate(x)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return add_gated(shortcut, self.convolve, x, gate)
-
-
-class PreActivationBottleneck(PreActivationBlock):
-    """The pre-activation block with 1x1, 3x3, 1x1 convolutions."""
-
-    expansion = 4
-
-    def build(self, in_channels: int, channels: int, stride: int, bias: bool) -> None:
-        self.conv1 = conv(in_channels, channels, 1, 1, bias)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, stride, bias)
-        self.bn3 = nn.BatchNorm2d(channels)
-        self.conv3 = conv(channels, self.expansion * channels, 1, 1, bias)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        x = super().convolve(x)
-        return self.conv3(F.relu(self.bn3(x), inplace=True))
-
-    def last_layer(self) -> nn.Conv2d:
-        return self.conv3
 
 
 class ResidualNetwork(nn.Module):
@@ -287,6 +51,34 @@ class ResidualNetwork(nn.Module):
 
     plain: bool
     num_classes: int
+
+    def add_layers(
+        self,
+        channels: int,
+        num_blocks: Sequence[int],
+        widths: Sequence[int],
+        make_block: Callable[[int, int, int], nn.Module],
+    ) -> int:
+        """Adds `layer1` and so on; each but the first begins with a stride of 2.
+
+        Args:
+            channels: what the stem puts out.
+            num_blocks: of each layer.
+            widths: channels of each layer, without the expansion of its blocks.
+            make_block: from the channels that it reads, its width and its stride to a block.
+
+        Returns:
+            The channels behind the last layer.
+        """
+        for number, (count, width) in enumerate(zip(num_blocks, widths, strict=True), start=1):
+            layer = nn.Sequential()
+            for index in range(count):
+                stride = 2 if number > 1 and index == 0 else 1
+                block = make_block(channels, width, stride)
+                layer.append(block)
+                channels = block.expansion * width
+            self.add_module(f"layer{number}", layer)
+        return channels
 
     def stem(self, images: Tensor) -> Tensor:
         raise NotImplementedError("the networks for CIFAR and ImageNet begin differently")
@@ -347,14 +139,6 @@ class ResidualNetwork(nn.Module):
             )
         return gates.unbind()
 
-    def initialize(self) -> None:
-        """Draws the convolutions from He's normal distribution (fan in) and zeroes their biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
 
 class CifarResNet(ResidualNetwork):
     """The CIFAR networks of He et al.: three layers, of 16, 32 and 64 channels.
@@ -371,6 +155,7 @@ class CifarResNet(ResidualNetwork):
         bottleneck: blocks of three convolutions, 4 times the channels.
         preactivation: BN and ReLU before each convolution.
         conv_bias: convolutions have biases, as in the released Stochastic Depth code.
+        stride_in_1x1: put a bottleneck's stride in its first 1x1 convolution, as He et al. do.
 
     Raises:
         ValueError: no network has this depth, or the options exclude each other.
@@ -386,6 +171,7 @@ class CifarResNet(ResidualNetwork):
         bottleneck: bool = False,
         preactivation: bool = False,
         conv_bias: bool = False,
+        stride_in_1x1: bool = False,
     ):
         super().__init__()
         convs_per_block = 3 if bottleneck else 2
@@ -395,6 +181,8 @@ class CifarResNet(ResidualNetwork):
             raise ValueError(f"depth {depth} is not {formula}: choose one such as {examples}")
         if plain and preactivation:
             raise ValueError("plain networks are post-activation: drop plain or preactivation")
+        if stride_in_1x1 and not bottleneck:
+            raise ValueError("stride_in_1x1 needs bottlenecks: set bottleneck, or drop it")
         self.plain = plain
         self.preactivation = preactivation
         self.num_classes = num_classes
@@ -402,25 +190,20 @@ class CifarResNet(ResidualNetwork):
         self.conv1 = conv(in_channels, 16, 3, 1, conv_bias)
         if not preactivation:
             self.bn1 = nn.BatchNorm2d(16)
-        channels = 16
-        for number, width in enumerate((16, 32, 64), start=1):
-            layer = nn.Sequential()
-            for index in range(blocks_per_layer):
-                stride = 2 if number > 1 and index == 0 else 1
-                if preactivation:
-                    kind = PreActivationBottleneck if bottleneck else PreActivationBlock
-                    first = number == 1 and index == 0
-                    block = kind(channels, width, stride, shortcut, conv_bias, first)
-                else:
-                    kind = Bottleneck if bottleneck else BasicBlock
-                    block = kind(channels, width, stride, shortcut, plain, conv_bias)
-                layer.append(block)
-                channels = kind.expansion * width
-            self.add_module(f"layer{number}", layer)
         if preactivation:
+            kind = PreActivationBottleneck if bottleneck else PreActivationBasicBlock
+            make_block = partial(kind, shortcut=shortcut, bias=conv_bias)
+        else:
+            kind = Bottleneck if bottleneck else BasicBlock
+            make_block = partial(kind, shortcut=shortcut, plain=plain, bias=conv_bias)
+        if stride_in_1x1:
+            make_block = partial(make_block, stride_in_1x1=True)
+        channels = self.add_layers(16, [blocks_per_layer] * 3, (16, 32, 64), make_block)
+        if preactivation:
+            self.layer1[0].shares_activation = True  # no block before it has one
             self.bn_last = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
-        self.initialize()
+        draw_weights(self, "fan_in", zero_linear_biases=False)
 
     def stem(self, images: Tensor) -> Tensor:
         x = self.conv1(images)
@@ -479,23 +262,16 @@ class ResNet(ResidualNetwork):
 
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        channels = 64
-        for number, num_blocks in enumerate(self.BLOCKS_PER_LAYER[depth], start=1):
-            width = 32 * 2**number
-            layer = nn.Sequential()
-            for index in range(num_blocks):
-                stride = 2 if number > 1 and index == 0 else 1
-                if bottleneck:
-                    block = Bottleneck(
-                        channels, width, stride, shortcut, plain, False, stride_in_1x1=stride_in_1x1
-                    )
-                else:
-                    block = BasicBlock(channels, width, stride, shortcut, plain, False)
-                layer.append(block)
-                channels = block.expansion * width
-            self.add_module(f"layer{number}", layer)
+        make_block = partial(
+            Bottleneck if bottleneck else BasicBlock, shortcut=shortcut, plain=plain, bias=False
+        )
+        if stride_in_1x1:
+            make_block = partial(make_block, stride_in_1x1=True)
+        channels = self.add_layers(
+            64, self.BLOCKS_PER_LAYER[depth], (64, 128, 256, 512), make_block
+        )
         self.fc = nn.Linear(channels, num_classes)
-        self.initialize()
+        draw_weights(self, "fan_in", zero_linear_biases=False)
 
     def stem(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)

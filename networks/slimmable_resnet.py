@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from networks.slimmable import Channels, SlimmableNetwork, SlimmablePool, SlimmableResidual
+from networks.slimmable import SlimmableNetwork
+from networks.slimmable_layers import Channels, SlimmablePool, SlimmableResidual
 
 
 class SlimmableResNet(SlimmableNetwork):

@@ -5,8 +5,8 @@ Huang et al., Multi-Scale Dense Networks (ICLR 2018, arXiv 1703.09844): shares o
 
     share of exit k = q^k / sum_j q^j;    mean cost = sum_k share_k cost_k <= budget
 
-Scores are entropies or confidences of N images at K exits, see `networks.early_exit`; the last exit
-answers whoever is left, so K exits take K - 1 thresholds.
+Scores are entropies or confidences of N images at K exits, see `networks.early_exit`. The last exit
+answers for all images that are left, so K exits take K - 1 thresholds.
 """
 
 import itertools
@@ -17,7 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from networks.early_exit import Criterion, check_criterion, exits_taken, leaves
+from networks.early_exit import (
+    Criterion,
+    check_criterion,
+    check_threshold,
+    exits_taken,
+    leaves,
+)
 
 ENTROPY_GRID = (
     *(1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.025, 0.05, 0.075),
@@ -47,7 +53,7 @@ class Screening(NamedTuple):
     """Index of the point of the front that lies highest above the line between its two ends."""
 
     def cheapest(self, min_accuracy: float) -> int:
-        """Returns the index of the cheapest point that is at least so accurate.
+        """Returns the index of the cheapest point that has at least this accuracy.
 
         Raises:
             ValueError: none is.
@@ -81,13 +87,12 @@ def screen_thresholds(
         costs: of an image that leaves at each exit, shallow to deep; any unit.
         criterion: what the scores are.
         candidates: thresholds to try at every exit; None: `ENTROPY_GRID` or `CONFIDENCE_GRID` (of
-            many exits, only every second of them, or fourth, ...), and one at which nobody leaves.
+            many exits, only every second of them, or fourth, ...), and one at which none leaves.
 
     Raises:
-        ValueError: shapes that do not fit, no images, a candidate that is NaN, or a grid of more
-            than `MAX_GRID` points.
+        ValueError: shapes that do not fit, no images, a candidate outside the range of the
+            criterion, or a grid of more than `MAX_GRID` points.
     """
-    check_criterion(criterion)
     num_images, num_exits = correct.shape
     num_axes = num_exits - 1
     shapes = [(num_images, num_exits), (num_images, num_axes)]
@@ -98,22 +103,8 @@ def screen_thresholds(
         )
     if num_images == 0:
         raise ValueError("no images to find thresholds with: hold out a validation split")
-    if candidates is None:
-        candidates = ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID
-        while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
-            candidates = candidates[::2]
-        candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
-    if any(math.isnan(candidate) for candidate in candidates):
-        raise ValueError("a candidate threshold is NaN: give numbers")
-    # From strict, at which few leave, to lax.
-    candidates = sorted(set(candidates), reverse=criterion == "confidence")
+    candidates = _sort_candidates(candidates, num_axes, criterion)
     size = len(candidates)
-    if (size + 1) ** num_axes > MAX_GRID:
-        raise ValueError(
-            f"{size} candidates at {num_axes} exits make a grid that is too large: give fewer, "
-            "or use thresholds_for_budget"
-        )
-
     # rank: how many candidates are too strict for the image to leave.
     grid = torch.tensor(candidates, dtype=scores.dtype, device=scores.device)
     ranks = (~leaves(scores[:, :num_axes, None], grid, criterion)).sum(2)
@@ -131,8 +122,29 @@ def screen_thresholds(
     )
 
 
+def _sort_candidates(
+    candidates: Sequence[float] | None, num_axes: int, criterion: Criterion
+) -> list[float]:
+    """Returns the candidates from strict, at which few leave, to lax; None: see the screening."""
+    check_criterion(criterion)
+    if candidates is None:
+        candidates = ENTROPY_GRID if criterion == "entropy" else CONFIDENCE_GRID
+        while (len(candidates) + 2) ** num_axes > MAX_GRID and len(candidates) > 1:
+            candidates = candidates[::2]
+        candidates = (0.0 if criterion == "entropy" else math.inf, *candidates)
+    for candidate in candidates:
+        check_threshold("a candidate threshold", candidate, criterion)
+    candidates = sorted(set(candidates), reverse=criterion == "confidence")
+    if (len(candidates) + 1) ** num_axes > MAX_GRID:
+        raise ValueError(
+            f"{len(candidates)} candidates at {num_axes} exits make a grid that is too large: give "
+            "fewer, or use thresholds_for_budget"
+        )
+    return candidates
+
+
 def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:
-    """Counts who leaves where at every point of the grid.
+    """Counts the images that leave at each exit, at every point of the grid.
 
     Args:
         ranks: (N, A), of each image at each exit but the last: 0..size.
@@ -149,7 +161,7 @@ def _count_leavers(ranks: Tensor, which: Tensor, size: int) -> Tensor:
         for axis in range(cells.dim()):
             below = cells.cumsum(axis)
             leave_here = axis == index
-            # Who leaves at this exit has left at none before.
+            # An image that leaves at this exit has left at none before.
             cells = below if leave_here else below.narrow(axis, size, 1) - below
             cells = cells.narrow(axis, 0, size)
         shape = [size] * cells.dim() + [1] * (num_axes - cells.dim())
@@ -189,8 +201,8 @@ def thresholds_for_fractions(
 ) -> list[float]:
     """Returns the thresholds at which given shares of the images take each exit (MSDNet's rule).
 
-    At each exit the surest of those who are left leave, ties included. Where a share is less than
-    an image, or more than who is left, nobody leaves. Use validation data, never test data.
+    At each exit the surest of the images that are left leave, ties included. Where a share is less
+    than an image, or more than are left, none leaves. Use validation data, never test data.
 
     Args:
         scores: (N, K), or (N, K - 1).
@@ -219,7 +231,7 @@ def thresholds_for_fractions(
             threshold = -math.inf if is_entropy else math.inf
         else:
             limit = candidates[min(count, len(candidates)) - 1]
-            if is_entropy:  # who is at the limit leaves, and to leave is to be strictly below
+            if is_entropy:  # an image at the limit leaves, and only those below a threshold do
                 limit = limit.nextafter(limit.new_tensor(math.inf))
             threshold = limit.item()
         thresholds.append(threshold)
@@ -229,11 +241,12 @@ def thresholds_for_fractions(
 
 def geometric_fractions(ratio: float, num_exits: int) -> list[float]:
     """Returns MSDNet's shares of the exits: each exit has `ratio` times that of the one before."""
-    # From the larger end, so that no power overflows.
-    powers = [min(ratio, 1 / ratio) ** index for index in range(num_exits)]
-    if ratio > 1:
-        powers.reverse()
-    return [power / sum(powers) for power in powers]
+    # By logarithms in single precision, as in the released code: rounding can move an image.
+    powers = (torch.tensor(ratio, dtype=torch.float32).log() * torch.arange(1, num_exits + 1)).exp()
+    shares = powers / powers.sum()
+    if not shares.isfinite().all():  # ratios that are too large or small for that
+        shares = (math.log(ratio) * torch.arange(num_exits, dtype=torch.float64)).softmax(0)
+    return shares.tolist()
 
 
 def check_budget(budget: float, costs: Sequence[float]) -> None:

@@ -27,7 +27,7 @@ from networks import (
     run_all_exits,
 )
 from networks.branchynet import LocalResponseNorm, pool, pooled
-from networks.resnet import PadShortcut
+from networks.residual_blocks import PadShortcut
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=25)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -178,14 +178,18 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return x.flatten(1) @ layer.weight.T + layer.bias
 
 
-def bn(layer: nn.Module, x: Tensor) -> Tensor:
+def bn(layer: nn.Module, x: Tensor, eps: float = 1e-5) -> Tensor:
     if layer.training:
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     else:
         mean, var = layer.running_mean, layer.running_var
     mean, var = mean.view(1, -1, 1, 1), var.view(1, -1, 1, 1)
     shape = 1, -1, 1, 1
-    return (x - mean) / (var + 1e-5).sqrt() * layer.weight.view(shape) + layer.bias.view(shape)
+    return (x - mean) / (var + eps).sqrt() * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+def chainer_bn(layer: nn.Module, x: Tensor) -> Tensor:
+    return bn(layer, x, eps=2e-5)
 
 
 def layers_of(network: nn.Module) -> tuple[list[nn.Module], list[list[nn.Module]]]:
@@ -232,11 +236,11 @@ def written_alexnet(network: nn.Module, images: Tensor, taps: str) -> list[Tenso
 def written_block(layers: list[nn.Module], x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Returns the output of a block, and what is behind the ReLU of its first layer."""
     conv1, bn1, conv2, bn2 = layers
-    inner = bn(bn1, conv(conv1, x, 1, stride)).relu()
+    inner = chainer_bn(bn1, conv(conv1, x, 1, stride)).relu()
     if stride == 2:
         x = x[:, :, ::2, ::2]
         x = torch.cat([torch.zeros_like(x), x], 1)
-    return (x + bn(bn2, conv(conv2, inner, 1))).relu(), inner
+    return (x + chainer_bn(bn2, conv(conv2, inner, 1))).relu(), inner
 
 
 def written_resnet(network: nn.Module, images: Tensor, taps: str) -> list[Tensor]:
@@ -245,7 +249,7 @@ def written_resnet(network: nn.Module, images: Tensor, taps: str) -> list[Tensor
     blocks = [blocks[start : start + 4] for start in range(0, len(blocks), 4)]
     num_blocks = len(blocks) // 3
 
-    x = bn(bn1, conv(conv1, images, 0)).relu()
+    x = chainer_bn(bn1, conv(conv1, images, 0)).relu()
     tap1 = x
     for index, block in enumerate(blocks):
         x, inner = written_block(block, x, 2 if index in (num_blocks, 2 * num_blocks) else 1)
@@ -413,6 +417,8 @@ def test_trunk_of_b_resnet_is_hes_with_zeros_prepended():
     torch.manual_seed(0)
     network = randomize(BranchyResNet(14)).eval()
     he = CifarResNet(14, conv_bias=True).double().eval()
+    for norm in [module for module in he.modules() if isinstance(module, nn.BatchNorm2d)]:
+        norm.eps = 2e-5  # Chainer's
     state_dict = {k: v for k, v in network.trunk.state_dict().items() if not k.startswith("fc.")}
     missing = he.load_state_dict(state_dict, strict=False)
     assert missing.missing_keys == ["fc.weight", "fc.bias"]
@@ -438,13 +444,15 @@ def test_trunk_of_b_resnet_is_hes_with_zeros_prepended():
 
 @pytest.mark.parametrize("build", COUNTS)
 def test_weights_start_from_chainers_default(build):
-    """N(0, 1 / fan in), and N(0, 2 / fan in) in the convolutions of the ResNet; no biases."""
+    """N(0, 1 / fan in), and N(0, 2 / fan in) in the residual blocks of the ResNet; no biases."""
     torch.manual_seed(0)
     network = build(20) if build is BranchyResNet else build()
+    first_branch = set(branches_of(network)[0].modules())
     squares = {}  # of the weights in units of their standard deviation, pooled over the layers
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            gain = 2 if build is BranchyResNet and isinstance(layer, nn.Conv2d) else 1
+            is_he = build is BranchyResNet and layer not in first_branch
+            gain = 2 if is_he and isinstance(layer, nn.Conv2d) else 1
             unit = layer.weight.detach() / (gain / layer.weight[0].numel()) ** 0.5
             bound = 5 * (2 / unit.numel()) ** 0.5
             assert unit.square().mean().item() == pytest.approx(1, abs=bound)
@@ -809,3 +817,11 @@ def test_weights_of_another_trunk_are_refused(network, source, message):
         network.load_trunk(source.state_dict())
     assert "\n" not in str(error.value)
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("taps", ["text", None])
+@pytest.mark.parametrize("build", [BranchyAlexNet, BranchyResNet])
+def test_taps_that_do_not_exist_are_refused(build, taps):
+    """They were those of the paper's text."""
+    with pytest.raises(ValueError, match=f"^taps {taps!r} is unknown: use released or paper$"):
+        build(taps=taps)

@@ -156,6 +156,30 @@ def test_macs_of_imagenet_resnets(depth, stride_in_1x1, macs):
     assert sum(macs_by_module(network, images).values()) == macs
 
 
+@pytest.mark.parametrize(("stride_in_1x1", "macs"), [(True, 244_500_992), (False, 247_646_720)])
+def test_macs_of_the_preactivation_resnet_164(stride_in_1x1, macs):
+    """Its authors stride in the first 1x1 convolution, which then computes a quarter."""
+    network = CifarResNet(
+        164, shortcut="B", bottleneck=True, preactivation=True, stride_in_1x1=stride_in_1x1
+    ).eval()
+    images = torch.empty(1, 3, 32, 32)
+    assert count_macs(network, images) == macs
+    assert sum(macs_by_module(network, images).values()) == macs
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_where_a_bottleneck_strides_changes_no_parameter(preactivation):
+    arguments = {"bottleneck": True, "preactivation": preactivation, "shortcut": "B"}
+    at_3x3, at_1x1 = (CifarResNet(29, stride_in_1x1=at, **arguments) for at in (False, True))
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (at_3x3, at_1x1)]
+    assert shapes[0] == shapes[1]
+    for network, strides in ((at_3x3, (1, 2, 1)), (at_1x1, (2, 1, 1))):
+        block = network.layer2[0]
+        convs = block.conv1, block.conv2, block.conv3
+        assert tuple(layer.stride[0] for layer in convs) == strides
+        assert all(layer.stride == (1, 1) for layer in (network.layer1[0].conv1, block.conv3))
+
+
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_counts_of_grouped_convolutions_and_linear_layers(in_channels):
     network = nn.Sequential(

@@ -146,7 +146,7 @@ def cases(draw, min_images: int = 0, min_exits: int = 1) -> tuple[Tensor, str, l
     for index in range(num_exits - 1):
         scores = exit_score(logits[:, index], criterion).sort().values.tolist()
         middle_first = scores[len(scores) // 2 :] + scores[: len(scores) // 2]
-        ends = [0.0, 0.5, 1.0, 3.0, math.inf, -math.inf]
+        ends = [0.0, 0.5, 1.0, math.inf, -math.inf, *[3.0] * (criterion == "entropy")]
         thresholds.append(draw(st.sampled_from([*middle_first, *middle_first, *ends])))
     return logits, criterion, thresholds
 
@@ -236,9 +236,18 @@ def test_the_order_of_a_batch_is_the_order_of_the_answers(case, data):
 @properties
 def test_a_stricter_threshold_never_lets_an_image_leave_earlier(case, data):
     logits, criterion, thresholds = case
-    sign = -1 if criterion == "entropy" else 1
     amounts = st.sampled_from([0.0, 1e-3, 0.1, 1.0, math.inf])
-    stricter = [t + sign * data.draw(amounts) if math.isfinite(t) else t for t in thresholds]
+
+    def make_stricter(threshold: float) -> float:
+        if math.isinf(threshold):
+            return threshold
+        if criterion == "entropy":
+            threshold -= data.draw(amounts)
+            return threshold if threshold >= 0 else -math.inf
+        threshold += data.draw(amounts)
+        return threshold if threshold <= 1 else math.inf
+
+    stricter = [make_stricter(threshold) for threshold in thresholds]
     images = write_images(logits)
     lax = early_exit(Witness(*logits.shape[1:]), images, thresholds, criterion).exit_index
     strict = early_exit(Witness(*logits.shape[1:]), images, stricter, criterion).exit_index
@@ -255,7 +264,10 @@ def test_ends_of_the_criteria(case):
         ("entropy", 0.0, num_exits - 1),
         ("entropy", above, 0),
         ("confidence", 0.0, 0),
-        ("confidence", 1 + 1e-6, num_exits - 1),
+        ("confidence", math.inf, num_exits - 1),
+        ("confidence", -math.inf, 0),
+        ("entropy", math.inf, 0),
+        ("entropy", -math.inf, num_exits - 1),
     ]:
         network = Witness(num_exits, num_classes)
         limits = [threshold] * len(thresholds)
@@ -323,6 +335,13 @@ def test_a_bad_image_is_counted_among_those_at_the_last_exit():
         ([0.5] * 3, "confidence", "^3 exit thresholds for 3 exits: give 2"),
         ([0.5, math.nan], "entropy", "exit 2 is NaN"),
         ([0.5, 0.5], "margin", "'margin' is unknown: use entropy or confidence"),
+        ([0.5, -0.1], "entropy", "^the threshold of exit 2 is -0.1: an entropy is 0 or more"),
+        (
+            [-0.1, 0.5],
+            "confidence",
+            "^the threshold of exit 1 is -0.1: a confidence is from 0 to 1",
+        ),
+        ([0.5, 95], "confidence", "^the threshold of exit 2 is 95: a confidence is from 0 to 1"),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(thresholds, criterion, message):
@@ -341,6 +360,50 @@ def test_a_network_in_training_mode_is_refused(gates):
         early_exit(target, torch.randn(2, 3, 8, 8), [0.5])
     network.eval()
     early_exit(target, torch.randn(2, 3, 8, 8), [0.5])
+
+
+class Adaptive(nn.Module):
+    """What somebody would export who knows no better."""
+
+    def __init__(self, network: MultiExitNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return early_exit(self.network, images, [0.4, 0.4], "confidence").logits
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer: it is old, and warns of what it bakes
+@pytest.mark.parametrize(
+    "export",
+    [torch.jit.trace, lambda module, images: torch.export.export(module, (images,))],
+    ids=["trace", "export"],
+)
+def test_an_export_that_would_decide_once_for_all_is_refused(export):
+    """A trace answered the next batch as if its images left where those of the first had left."""
+    torch.manual_seed(0)
+    module = Adaptive(Dense()).eval()
+    images = torch.randn(16, 6)
+    taken = early_exit(module.network, images, [0.4, 0.4], "confidence").exit_index
+    assert len(taken.unique()) > 1
+    with pytest.raises(ValueError, match=r"Export each of network.stages and network.exits on its"):
+        export(module, images)
+    assert module(images).shape == (16, 4)  # as ever after that
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_refusal_of_an_export_advises_works():
+    torch.manual_seed(0)
+    network, images = Dense().eval(), torch.randn(16, 6)
+    stages = [
+        torch.jit.trace(stage, torch.randn(3, size))
+        for stage, size in zip(network.stages, (6, 5, 5), strict=True)
+    ]
+    exits = [torch.jit.trace(exit_here, torch.randn(3, 5)) for exit_here in network.exits]
+    expected = early_exit(network, images, [0.4, 0.4], "confidence")
+    actual = early_exit(Staged(stages, exits), images, [0.4, 0.4], "confidence")
+    assert torch.equal(actual.exit_index, expected.exit_index)
+    torch.testing.assert_close(actual.logits, expected.logits)
 
 
 def test_one_exit_can_be_run_alone():
@@ -485,6 +548,19 @@ def test_only_confidence_leaves_at_its_threshold():
     assert leaves(scores, 0.5, "confidence").tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("criterion", ["margin", None])
+def test_a_criterion_that_does_not_exist_is_refused_wherever_it_is_used(criterion):
+    """It was confidence."""
+    scores = torch.zeros(2, 3)
+    for run in (
+        lambda: exit_score(scores, criterion),
+        lambda: leaves(scores, 0.5, criterion),
+        lambda: exits_taken(scores, [0.5, 0.5], criterion),
+    ):
+        with pytest.raises(ValueError, match=f"{criterion!r} is unknown: use entropy or confid"):
+            run()
+
+
 # --- Screening: all thresholds of a grid ---
 
 
@@ -499,12 +575,14 @@ def screenings(draw):
     scores = torch.tensor(draw(st.lists(rows, min_size=num_images, max_size=num_images)))
     correct = draw(st.lists(right, min_size=num_images, max_size=num_images))
     steps = draw(st.lists(st.integers(0, 2), min_size=num_exits, max_size=num_exits))
-    candidates = st.sampled_from([-math.inf, 0.0, 0.1, 0.2, 0.5, 0.9, 1.0, 3.0, math.inf])
+    criterion = draw(st.sampled_from(CRITERIA))
+    above = [3.0] * (criterion == "entropy")
+    candidates = st.sampled_from([-math.inf, 0.0, 0.1, 0.2, 0.5, 0.9, 1.0, *above, math.inf])
     return (
         scores[:, :num_columns].to(draw(st.sampled_from([torch.float32, torch.float64]))),
         torch.tensor(correct),
         list(itertools.accumulate(steps)),
-        draw(st.sampled_from(CRITERIA)),
+        criterion,
         draw(st.lists(candidates, min_size=1, max_size=5)),
     )
 
@@ -620,6 +698,11 @@ def test_candidates_of_the_authors_are_those_of_the_released_code():
         ({"costs": [1, 2, 3, 4]}, "4 costs do not fit"),
         ({"criterion": "margin"}, "'margin' is unknown"),
         ({"candidates": [0.5, math.nan]}, "NaN"),
+        ({"candidates": [0.5, -0.5]}, "threshold is -0.5: an entropy is 0 or more"),
+        (
+            {"candidates": [0.5, 2.0], "criterion": "confidence"},
+            "is 2.0: a confidence is from 0 to",
+        ),
         ({"candidates": torch.linspace(0, 1, 3500).tolist()}, "3500 .* 2 exits .* too large"),
         (
             {"scores": torch.rand(0, 3), "correct": torch.zeros(0, 3, dtype=torch.bool)},
@@ -772,7 +855,27 @@ def test_fractions_that_do_not_fit_are_refused(fractions, criterion, message):
 def test_geometric_fractions(ratio, num_exits):
     powers = [Fraction(ratio) ** k for k in range(1, num_exits + 1)]
     expected = [float(power / sum(powers)) for power in powers]
-    assert geometric_fractions(ratio, num_exits) == pytest.approx(expected, rel=1e-10)
+    assert geometric_fractions(ratio, num_exits) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_exits", "index", "num_images", "count"),
+    [
+        # 10 exits: 0.1^k / sum is 0.009000000001, of which 5,000 are 45 and those of 10,000 are 90.
+        (0.1, 10, 2, 5_000, 45),
+        (0.1, 10, 2, 10_000, 90),
+        (0.2, 11, 0, 5_000, 3_999),  # of 4000.00008
+        (0.2, 11, 3, 10_000, 63),  # of 64.0000013
+    ],
+)
+def test_shares_are_rounded_as_in_the_released_code(ratio, num_exits, index, num_images, count):
+    """Rounded otherwise, an image more or less is to leave."""
+    fractions = geometric_fractions(ratio, num_exits)
+    scores = torch.rand(num_images, num_exits, generator=torch.Generator().manual_seed(0)).double()
+    scores += torch.arange(num_images)[:, None] * 1e-9  # no ties
+    thresholds = thresholds_for_fractions(scores, fractions)
+    taken = exits_taken(scores, thresholds, "confidence")
+    assert (taken == index).sum() == count
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1e-300, [1, 0, 0]), (1e300, [0, 0, 1])])

@@ -12,7 +12,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from networks import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
-from networks.resnet import PadShortcut, PreActivationBlock
+from networks.residual_blocks import PadShortcut, PreActivationBlock
 
 # Every kind of block and shortcut. Two blocks per layer: a change of shape and an identity.
 KINDS = {
@@ -436,6 +436,7 @@ def test_a_branch_of_lower_precision_is_added_to_its_shortcut():
         (lambda: CifarResNet(20, plain=True, preactivation=True), "post-activation"),
         (lambda: ResNet(20), "depth 20 is not one of 18, 34"),
         (lambda: ResNet(34, stride_in_1x1=True), "needs bottlenecks"),
+        (lambda: CifarResNet(20, stride_in_1x1=True), "needs bottlenecks: set bottleneck"),
         (lambda: fold_survival_probs(CifarResNet(14), [0.5] * 5), "5 .* 6 blocks"),
     ],
 )
@@ -456,3 +457,21 @@ def test_impossible_networks_are_refused(build, message):
 def test_gates_that_do_not_fit_are_refused(plain, gates, message):
     with pytest.raises(ValueError, match=message):
         CifarResNet(14, plain=plain)(torch.randn(2, 3, 8, 8), gates)
+
+
+@pytest.mark.parametrize("shortcut", ["D", "a", None])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **choice: CifarResNet(8, **choice),
+        lambda **choice: CifarResNet(8, preactivation=True, **choice),
+        lambda **choice: CifarResNet(11, bottleneck=True, **choice),
+        lambda **choice: ResNet(18, **choice),
+    ],
+    ids=["cifar", "preactivation", "bottleneck", "imagenet"],
+)
+def test_a_shortcut_that_does_not_exist_is_refused(build, shortcut):
+    """It was option B."""
+    message = f"^shortcut {shortcut!r} is unknown: use A, A-average, A-prepend, B or C$"
+    with pytest.raises(ValueError, match=message):
+        build(shortcut=shortcut)

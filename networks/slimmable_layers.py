@@ -1,0 +1,355 @@
+"""Layers of networks of any width: what they compute at a width, and what is cut out for it.
+
+    y = BN_w(W[:out, :in] * x)
+
+Papers, and differences from the released code: see `networks.slimmable`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+WidthMult = float | Sequence[float]
+Activation = Literal["relu", "relu6"] | None
+
+ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "relu6": nn.ReLU6(inplace=True)}
+
+
+class Width(NamedTuple):
+    """A width, resolved for a network."""
+
+    name: str
+    """What BN statistics of this width are filed under: "0.25", or "0.25,0.5,..."."""
+    channels: tuple[int, ...]
+    """Active channels of each group."""
+
+
+def name_of(width_mult: WidthMult) -> str:
+    """Returns the name of a width: "0.25", or "0.25,0.5,..."."""
+    ratios = [width_mult] if isinstance(width_mult, float | int) else width_mult
+    return ",".join(f"{ratio:g}" for ratio in ratios)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+class SlimmableConv2d(nn.Conv2d):
+    """A convolution that computes its first output channels from the inputs it gets.
+
+    Depthwise, that is as many groups as channels, it has as many outputs as inputs. With other
+    groups, every group is slimmed alike.
+    """
+
+    def forward(self, x: Tensor, out_channels: int | None = None) -> Tensor:
+        """Convolves.
+
+        Args:
+            x: (N, in, H, W), at most `in_channels` of them.
+            out_channels: number of outputs; None: all, or as many as inputs if depthwise.
+
+        Returns:
+            (N, out, H', W').
+
+        Raises:
+            ValueError: channels that the groups do not divide.
+        """
+        weight, bias, groups = self.slice(x.shape[1], out_channels)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def slice(
+        self, in_channels: int, out_channels: int | None
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Returns weight, bias and groups of the convolution between these numbers of channels."""
+        weight, bias, groups = self.weight, self.bias, self.groups
+        is_depthwise = groups == self.in_channels == self.out_channels
+        if is_depthwise:
+            groups = out_channels = in_channels
+        elif out_channels is None:
+            out_channels = self.out_channels
+        if (in_channels, out_channels) == (self.in_channels, self.out_channels):
+            return weight, bias, groups
+        if is_depthwise or groups == 1:
+            bias = None if bias is None else bias[:out_channels]
+            return weight[:out_channels, : in_channels // groups], bias, groups
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{in_channels} inputs and {out_channels} outputs in {groups} groups: choose a "
+                f"divisor that is a multiple of {groups}"
+            )
+        ins, outs = in_channels // groups, out_channels // groups
+        weight = weight.unflatten(0, (groups, -1))[:, :outs, :ins].flatten(0, 1)
+        bias = None if bias is None else bias.unflatten(0, (groups, -1))[:, :outs].flatten()
+        return weight, bias, groups
+
+
+class SlimmableLinear(nn.Linear):
+    """A linear layer on the inputs it gets; all its outputs are always there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, out) of x (N, in), at most `in_features` of them."""
+        return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
+
+
+class SlimmableBatchNorm2d(nn.Module):
+    """BN whose scale and shift all widths share, and whose statistics belong to one width each.
+
+    In training it normalises by the batch, and forgets statistics that its weights outgrow. In
+    evaluation it uses those that `networks.recalibrate` has filed for the width.
+
+    Args:
+        num_features: channels at full width.
+
+    Attributes:
+        statistics: mean and variance, (2, C), by the name of the width; part of the state dict.
+        record: called in training with the name of the width, mean and unbiased variance (2, C) of
+            the batch, and its number of images; None but during recalibration.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.statistics: dict[str, Tensor] = {}
+        self.record: Callable[[str, Tensor, int], None] | None = None
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        """Normalises x (N, C, H, W), C of the channels.
+
+        Raises:
+            ValueError: in evaluation, a width without statistics.
+        """
+        channels, weight, bias = x.shape[1], self.weight, self.bias
+        if channels < len(weight):
+            weight, bias = weight[:channels], bias[:channels]
+        if not self.training:
+            mean, variance = self.statistics_of(width.name).unbind()
+            return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+        if self.record is None:
+            if self.statistics:
+                self.statistics = {}
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        of_batch = torch.zeros(2, channels, device=x.device, dtype=weight.dtype)
+        # Momentum 1 keeps mean and unbiased variance of this batch, which are computed anyway.
+        out = F.batch_norm(x, *of_batch, weight, bias, training=True, momentum=1.0, eps=self.eps)
+        self.record(width.name, of_batch, len(x))
+        return out
+
+    def statistics_of(self, name: str) -> Tensor:
+        """Returns mean and variance, (2, C), of a width.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if name not in self.statistics:
+            known = "; ".join(self.statistics) or "none"
+            raise ValueError(
+                f"width {name} has no BN statistics (calibrated: {known}): recalibrate it, with "
+                "networks.recalibrate or callbacks.BNRecalibration"
+            )
+        return self.statistics[name]
+
+    def state_at(self, width: Width, num_features: int) -> dict[str, Tensor]:
+        """Returns the state dict of an ordinary BN of this width; errors as `statistics_of`."""
+        mean, variance = self.statistics_of(width.name)
+        return {
+            "weight": self.weight[:num_features],
+            "bias": self.bias[:num_features],
+            "running_mean": mean,
+            "running_var": variance,
+            "num_batches_tracked": torch.tensor(0),
+        }
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        return self.statistics
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.statistics = {name: values.to(self.weight) for name, values in state.items()}
+
+    def _apply(self, function, recurse: bool = True) -> nn.Module:
+        super()._apply(function, recurse)
+        self.statistics = {name: function(values) for name, values in self.statistics.items()}
+        return self
+
+
+class SwitchableBatchNorm2d(nn.Module):
+    """One ordinary BN per width: scale, shift and statistics are private.
+
+    Args:
+        num_features: channels of each width, by its name.
+        tied: all widths share scale and shift; needs as many channels at every width.
+    """
+
+    def __init__(self, num_features: dict[str, int], tied: bool = False):
+        super().__init__()
+        self.names = list(num_features)
+        self.switches = nn.ModuleList(nn.BatchNorm2d(count) for count in num_features.values())
+        if tied:
+            for switch in self.switches[1:]:
+                switch.weight, switch.bias = self.switches[0].weight, self.switches[0].bias
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        """Normalises x (N, C, H, W) by the BN of the width."""
+        return self.switches[self.names.index(width.name)](x)
+
+    def state_at(self, width: Width, num_features: int) -> dict[str, Tensor]:
+        """Returns the state dict of the BN of the width."""
+        return self.switches[self.names.index(width.name)].state_dict()
+
+
+# --- units of networks ----------------------------------------------------------------------------
+
+
+class Channels(NamedTuple):
+    """Channels between two layers: how many there are at a width."""
+
+    full: int
+    """At full width."""
+    group: int | None = None
+    """The group whose ratio they follow; None: all of them at every width."""
+    multiplier: int = 1
+    """Channels for each one of the group."""
+
+    def at(self, width: Width) -> int:
+        return self.full if self.group is None else self.multiplier * width.channels[self.group]
+
+
+class SlimmableLayer(nn.Module):
+    """A convolution, its BN and its activation.
+
+    Args:
+        conv: the convolution.
+        norm: its BN.
+        activation: what follows, if anything.
+        out: its outputs.
+    """
+
+    def __init__(
+        self,
+        conv: SlimmableConv2d,
+        norm: SlimmableBatchNorm2d | SwitchableBatchNorm2d,
+        activation: Activation,
+        out: Channels,
+    ):
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+        self.activation = activation
+        self.out = out
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        x = self.norm(self.conv(x, self.out.at(width)), width)
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+    def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
+        """Returns plain layers for this number of inputs, and the number of their outputs."""
+        wide, out_channels = self.conv, self.out.at(width)
+        weight, bias, groups = wide.slice(in_channels, out_channels)
+        geometry = (wide.kernel_size, wide.stride, wide.padding, wide.dilation)
+        like = {"device": weight.device, "dtype": weight.dtype}
+        conv = skip_init(
+            nn.Conv2d,
+            in_channels,
+            out_channels,
+            *geometry,
+            groups,
+            bias is not None,
+            wide.padding_mode,
+            **like,
+        )
+        state = {"weight": weight, "bias": bias}
+        conv.load_state_dict({name: part for name, part in state.items() if part is not None})
+        norm = nn.BatchNorm2d(out_channels, **like)
+        norm.load_state_dict(self.norm.state_at(width, out_channels))
+        layers = [conv, norm]
+        if self.activation is not None:
+            layers.append(copy.deepcopy(ACTIVATIONS[self.activation]))
+        return layers, out_channels
+
+
+class SlimmablePool(nn.Module):
+    """A pooling, which knows no channels.
+
+    Args:
+        pool: the pooling.
+    """
+
+    def __init__(self, pool: nn.Module):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        return self.pool(x)
+
+    def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
+        return [copy.deepcopy(self.pool)], in_channels
+
+
+class Residual(nn.Module):
+    """``activation(shortcut(x) + branch(x))``.
+
+    Args:
+        branch: any layers.
+        shortcut: layers, or an empty `nn.Sequential`: the identity.
+        activation: what follows the addition.
+    """
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module, activation: nn.Module):
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.branch(x) + self.shortcut(x))
+
+
+class SlimmableResidual(nn.Module):
+    """Layers in a row, and a shortcut around them.
+
+    Args:
+        layers: the branch.
+        shortcut: a layer, or None: the identity.
+        activation: what follows the addition, if anything.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[SlimmableLayer],
+        shortcut: SlimmableLayer | None,
+        activation: Activation,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.shortcut = shortcut
+        self.activation = activation
+
+    def forward(self, x: Tensor, width: Width) -> Tensor:
+        branch = x
+        for layer in self.layers:
+            branch = layer(branch, width)
+        x = branch + (x if self.shortcut is None else self.shortcut(x, width))
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+    def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
+        """Returns a plain residual block for these inputs, and the number of its outputs."""
+        branch, channels = [], in_channels
+        for layer in self.layers:
+            layers, channels = layer.extract(channels, width)
+            branch += layers
+        shortcut = [] if self.shortcut is None else self.shortcut.extract(in_channels, width)[0]
+        activation = nn.Identity() if self.activation is None else ACTIVATIONS[self.activation]
+        block = Residual(
+            nn.Sequential(*branch), nn.Sequential(*shortcut), copy.deepcopy(activation)
+        )
+        return [block], channels
