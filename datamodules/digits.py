@@ -1,11 +1,12 @@
 """The 1,797 handwritten digits that scikit-learn carries: trains in seconds, needs no network."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from chance import generator
 from datamodules.in_memory import InMemoryDataModule, LabelledImages
-from datamodules.normalization import Normalization
 
 
 def hold_out(labels: Tensor, num_held_out: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,7 @@ def hold_out(labels: Tensor, num_held_out: int, chance: torch.Generator) -> tupl
     return by_class[~held_out], by_class[held_out]
 
 
+@dataclass(eq=False, kw_only=True)
 class DigitsDataModule(InMemoryDataModule):
     """UCI optical digits as in `sklearn.datasets.load_digits`: 8x8, 1 channel, enlarged to 32x32.
 
@@ -39,28 +41,7 @@ class DigitsDataModule(InMemoryDataModule):
     image_shape = (1, 32, 32)
     num_test = 360
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 180,
-        split_seed: int = 0,
-        seed: int = 0,
-        normalization: Normalization = "channel",
-        crop_padding: int = 0,
-        drop_last: bool = False,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            seed=seed,
-            normalization=normalization,
-            crop_padding=crop_padding,
-            horizontal_flip=False,
-            drop_last=drop_last,
-        )
+    val_size: int = 180
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
         from sklearn.datasets import load_digits  # slow to import, and only needed here

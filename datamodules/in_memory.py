@@ -1,6 +1,7 @@
 """Data sets that fit into memory as bytes: a batch is an `index_select`."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import torch
@@ -19,6 +20,7 @@ class LabelledImages(NamedTuple):
     """int64 (N,)."""
 
 
+@dataclass(eq=False, kw_only=True)
 class InMemoryDataModule(ImageDataModule):
     """Holds all images as uint8. Subclasses define `read` and may replace `split` and `statistics`.
 
@@ -27,34 +29,32 @@ class InMemoryDataModule(ImageDataModule):
         split_seed: keys the split, which is thereby the same for every run and every `seed`.
         normalization: see `datamodules.normalization`; computed from the training split alone.
         crop_padding: zeros on each side before a random crop to the original size, in pixels.
-        horizontal_flip: flip half of the training images.
         batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
+
+    Attributes:
+        horizontal_flip: whether half of the training images are flipped; an argument only where
+            mirrored images keep their labels.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        eval_batch_size: int,
-        val_size: int,
-        split_seed: int,
-        seed: int,
-        normalization: Normalization,
-        crop_padding: int,
-        horizontal_flip: bool,
-        drop_last: bool,
-    ):
-        super().__init__(batch_size, eval_batch_size, seed, drop_last)
-        require(val_size >= 0, f"val_size is {val_size}: give 0 or a number of images")
+    horizontal_flip = False
+
+    val_size: int = 0
+    split_seed: int = 0
+    normalization: Normalization = "channel"
+    crop_padding: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = get_args(Normalization)
+        require(self.val_size >= 0, f"val_size is {self.val_size}: give 0 or a number of images")
         require(
-            normalization in get_args(Normalization),
-            f"normalization is {normalization!r}: give one of {', '.join(get_args(Normalization))}",
+            self.normalization in choices,
+            f"normalization is {self.normalization!r}: give one of {', '.join(choices)}",
         )
-        require(crop_padding >= 0, f"crop_padding is {crop_padding}: give 0 or a number of pixels")
-        self.val_size = val_size
-        self.split_seed = split_seed
-        self.normalization = normalization
-        self.crop_padding = crop_padding
-        self.horizontal_flip = horizontal_flip
+        require(
+            self.crop_padding >= 0,
+            f"crop_padding is {self.crop_padding}: give 0 or a number of pixels",
+        )
         self._loaded = False
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:

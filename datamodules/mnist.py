@@ -4,6 +4,7 @@ Each has 60,000 training and 10,000 test images of 28x28.
 """
 
 import gzip
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def read_idx(path: Path) -> Tensor:
         raise ValueError(f"cannot read {path} ({error}): remove it and get it again") from error
 
 
+@dataclass(eq=False, kw_only=True)
 class MNISTDataModule(InMemoryDataModule):
     """MNIST, by default 55,000 / 5,000 / 10,000 images, 1 channel.
 
@@ -61,30 +63,9 @@ class MNISTDataModule(InMemoryDataModule):
     source = datasets.MNIST
     folders = (".", "MNIST/raw")
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 5000,
-        split_seed: int = 0,
-        seed: int = 0,
-        normalization: Normalization = "scale",
-        crop_padding: int = 0,
-        drop_last: bool = False,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            seed=seed,
-            normalization=normalization,
-            crop_padding=crop_padding,
-            horizontal_flip=False,
-            drop_last=drop_last,
-        )
-        self.data_dir = data_dir
+    data_dir: str = field(default="data", kw_only=False)
+    val_size: int = 5000
+    normalization: Normalization = "scale"
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
         paths = self._find()

@@ -1,5 +1,6 @@
 """Order, augmentation, normalisation, ranks and resuming: what all data modules share."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,25 +18,21 @@ SHAPE = (3, 6, 8)
 NORMALIZATIONS = ["pixel_mean", "pixel_mean_scalar_std", "channel", "scale"]
 
 
+@dataclass(eq=False, kw_only=True)
 class Numbered(InMemoryDataModule):
     """Random images, each labelled with its own number."""
 
     num_classes = NUM_IMAGES
     image_shape = SHAPE
 
-    def __init__(self, **changes):
-        arguments = {
-            "batch_size": 7,
-            "eval_batch_size": 4,
-            "val_size": 13,
-            "split_seed": 0,
-            "seed": 0,
-            "normalization": "channel",
-            "crop_padding": 2,
-            "horizontal_flip": True,
-            "drop_last": False,
-        }
-        super().__init__(**(arguments | changes))
+    batch_size: int = 7
+    eval_batch_size: int = 4
+    val_size: int = 13
+    crop_padding: int = 2
+    horizontal_flip: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
         self.num_reads = 0
 
     def read(self, download):
