@@ -55,7 +55,8 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def names(self) -> list[str]:
-        return [os.fsdecode(path) for path in self.paths]
+        """Returns the paths; bytes that are no UTF-8 are escaped, so that they can be written."""
+        return [path.decode(errors="backslashreplace") for path in self.paths]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Returns a uint8 (3, H, W) image and its label, for a key (epoch, index)."""

@@ -308,7 +308,7 @@ def test_folders_that_are_no_cifar_are_refused(cifar_folder):
     (cifar_folder / "train3" / "x").mkdir()
     (cifar_folder / "train3" / "x").rename(cifar_folder / "cifar10" / "train" / "empty")
     (cifar_folder / "cifar10" / "test" / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes empty"):
+    with pytest.raises(FileNotFoundError, match="train has no images for the classes empty: "):
         ready(plain_cifar(cifar_folder))
 
 
