@@ -143,12 +143,17 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.current_epoch, num_done % self.num_train_batches
 
     def train_epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yields this rank's batches of an epoch, before they are moved to the device."""
+        """Yields this rank's batches of an epoch, before they are moved to the device.
+
+        Under ``trainer.overfit_batches`` the order is that of epoch 0 in every epoch, so that the
+        batches that are left hold the same images; how they are augmented goes on changing.
+        """
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
         batches = training_batches(
             self.num_samples("train"),
             self.batch_size,
             self.seed,
-            epoch,
+            0 if overfits else epoch,
             self.rank,
             self.world_size,
             self.drop_last,

@@ -91,15 +91,47 @@ class InMemoryDataModule(ImageDataModule):
         if self._loaded:
             return
         self._train, self._test = self.read(download)
+        self._check("training", self._train)
+        self._check("test", self._test)
         num_images = len(self._train.labels)
         require(
             self.val_size < num_images,
             f"val_size is {self.val_size} of {num_images} training images: lower it",
         )
+        widest = min(self.image_shape[1:]) - 1  # beyond it a crop may show padding alone
+        require(
+            self.crop_padding <= widest,
+            f"crop_padding is {self.crop_padding}: give 0 to {widest} pixels",
+        )
         self._train_indices, self._val_indices = self.split(self._train.labels)
         mean, std = self.statistics(self._train.images, self._train_indices)
         self.transform = BatchTransform(mean, std, self.crop_padding)
         self._loaded = True
+
+    def _check(self, part: str, data: LabelledImages) -> None:
+        """Compares what was read with what is declared, whatever the files were.
+
+        Raises:
+            ValueError: images and labels differ in number, or images in shape from `image_shape`,
+                or a label is none of the `num_classes`.
+        """
+        name = f"the {part} data of {type(self).__name__}"
+        images, labels = data
+        require(
+            len(images) == len(labels) > 0,
+            f"{name} have {len(images)} images and {len(labels)} labels: get the files again",
+        )
+        require(
+            images.shape[1:] == self.image_shape and labels.ndim == 1,
+            f"{name} are images of {(*images.shape[1:],)} with labels of {(*labels.shape[1:],)}, "
+            f"not of {self.image_shape} and (): get the files again, or use ImageFolderDataModule",
+        )
+        low, high = (int(label) for label in labels.aminmax())
+        require(
+            low >= 0 and high < self.num_classes,
+            f"{name} have labels from {low} to {high}, but {self.num_classes} classes count from 0 "
+            f"to {self.num_classes - 1}: get the files again",
+        )
 
     def num_samples(self, split: Split) -> int:
         if split == "train":

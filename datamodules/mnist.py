@@ -4,6 +4,8 @@ Each has 60,000 training and 10,000 test images of 28x28.
 """
 
 import gzip
+import struct
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,13 +36,13 @@ def read_idx(path: Path) -> Tensor:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\0\0\x08":
+        if content[:3] != b"\0\0\x08" or content[3] == 0:
             raise ValueError("it does not start like an idx file of bytes")
         num_dims = content[3]
         shape = np.frombuffer(content, ">i4", num_dims, offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
         return torch.from_numpy(values.copy())
-    except (OSError, EOFError, IndexError, ValueError) as error:
+    except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"cannot read {path} ({error}): remove it and get it again") from error
 
 

@@ -23,6 +23,7 @@ from datamodules import (
     MNISTDataModule,
     SVHNDataModule,
 )
+from datamodules.digits import hold_out
 from datamodules.svhn import split_per_class
 
 
@@ -118,7 +119,13 @@ def test_digits_keep_their_test_images_for_any_val_size():
         return torch.cat([images for images, _ in data.test_dataloader()])
 
     assert torch.equal(test_images(), test_images(val_size=0, seed=3))
-    assert not torch.equal(test_images(), test_images(split_seed=1))
+    assert torch.equal(test_images(), test_images(split_seed=1))
+    labels = torch.from_numpy(load_digits().target)
+    _, test = hold_out(labels, 360, generator("split", 0, "test"))
+    first, _ = next(iter(ready(DigitsDataModule()).test_dataloader()))
+    small = torch.from_numpy(load_digits().images)[test]
+    assert torch.equal(first[:, 0, ::4, ::4], (small * 255 / 16).round().byte())
+    assert test[:6].tolist() == [1258, 1739, 1049, 1335, 1563, 1615]
 
 
 # --- CIFAR ------------------------------------------------------------------------------
@@ -192,6 +199,24 @@ def test_corrupt_cifar_batches_are_named(cifar_batches):
         ValueError, match=r"cifar-10-batches-py is incomplete or corrupt: remove it"
     ):
         plain_cifar(folder).prepare_data()
+
+
+def test_cifar_and_svhn_files_are_compared_with_what_is_declared(cifar_batches, svhn, monkeypatch):
+    folder, images, _ = cifar_batches
+    batch = folder / "cifar-10-batches-py" / "test_batch"
+    for labels, message in (
+        ([*range(10), 0], "have 10 images and 11 labels"),
+        ([*range(1, 11)], "have labels from 1 to 10, but 10 classes count from 0 to 9"),
+    ):
+        batch.write_bytes(pickle.dumps({"data": images[40:].reshape(-1, 3072), "labels": labels}))
+        with pytest.raises(ValueError, match=f"the test data of CIFAR10DataModule {message}"):
+            ready(plain_cifar(folder))
+    content = {"X": np.zeros((32, 32, 3, 3), np.uint8), "y": np.array([[1], [10], [11]])}
+    savemat(svhn / "test_32x32.mat", content)
+    monkeypatch.setattr(datasets.svhn, "check_integrity", lambda path, checksum: True)
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    with pytest.raises(ValueError, match="test data of SVHNDataModule have labels from 0 to 11"):
+        ready(SVHNDataModule(str(svhn), batch_size=8, val_size=30))
 
 
 def test_missing_cifar_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -303,7 +328,7 @@ def test_folders_that_are_no_cifar_are_refused(cifar_folder):
         for path in (cifar_folder / "cifar10" / split).iterdir():
             if path.name in ("class3", "odd"):
                 path.rename(cifar_folder / f"{split}3")
-    with pytest.raises(ValueError, match="has 9 classes of"):
+    with pytest.raises(ValueError, match="has 9 classes, not 10: use Image"):
         ready(plain_cifar(cifar_folder))
     (cifar_folder / "train3" / "x").mkdir()
     (cifar_folder / "train3" / "x").rename(cifar_folder / "cifar10" / "train" / "empty")
@@ -381,6 +406,34 @@ def test_corrupt_and_missing_mnist_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
     with pytest.raises(ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz"):
         ready(FashionMNISTDataModule(str(tmp_path), val_size=10, batch_size=8))
+
+
+def test_damaged_archives_of_mnist_are_named_in_one_line(tmp_path):
+    write_mnist(tmp_path, compress=True)
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    flipped = whole[:12] + bytes([whole[12] ^ 255]) + whole[13:]
+    for content in (whole[:9], whole[:500], whole[:-3], flipped, whole[:2] + b"\7" + whole[3:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read .*t10k-images.* remove it") as caught:
+            ready(MNISTDataModule(str(tmp_path), val_size=10, batch_size=8))
+        assert "\n" not in str(caught.value)
+
+
+def test_mnist_files_that_do_not_belong_together_are_refused(tmp_path):
+    arrays = write_mnist(tmp_path, compress=False)
+
+    def with_labels(labels: np.ndarray, message: str) -> None:
+        header = bytes([0, 0, 8, labels.ndim]) + np.array(labels.shape, ">i4").tobytes()
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+        with pytest.raises(ValueError, match=message):
+            ready(MNISTDataModule(str(tmp_path), val_size=10, batch_size=8))
+
+    labels = arrays["train-labels-idx1-ubyte"]
+    with_labels(labels[:30], "MNISTDataModule have 40 images and 30 labels: get the files again")
+    with_labels(labels + 1, "labels from 1 to 10, but 10 classes count from 0 to 9")
+    with_labels(arrays["train-images-idx3-ubyte"], r"with labels of \(28, 28\), not of \(1, 28, 28")
+    with_labels(np.array(3, np.uint8), "it does not start like an idx file")
 
 
 # --- SVHN -------------------------------------------------------------------------------
