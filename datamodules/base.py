@@ -120,7 +120,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def check_batch_size(self) -> None:
-        """For the end of `setup`.
+        """Is called at the end of `setup`.
 
         Raises:
             ValueError: the training split does not fill one batch on every process.

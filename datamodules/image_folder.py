@@ -77,7 +77,7 @@ def start_worker(worker: int) -> None:
 
 @dataclass(eq=False, kw_only=True)
 class ImageFolderDataModule(ImageDataModule):
-    """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` is it.
+    """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` tests.
 
     Workers decode and augment; batches go to the device as bytes and are normalised there, by
     ImageNet's mean and std. Lightning does not see the torch DataLoader inside, so it needs no
@@ -178,7 +178,7 @@ class ImageFolderDataModule(ImageDataModule):
             num_workers=self.num_workers,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
-            # Else it would draw a seed for its workers, which use none, from the global generator.
+            # Otherwise it would draw a seed for its workers, which use none, from the global one.
             generator=generator("workers", self.seed, epoch),
         )
         try:

@@ -7,7 +7,10 @@ from datamodules.image_folder import ImageFolderDataModule
 
 @dataclass(eq=False, kw_only=True)
 class ImageNetDataModule(ImageFolderDataModule):
-    """`ImageFolderDataModule` as the papers set it: 224x224, batch 256, reported on ``val``.
+    """`ImageFolderDataModule` as the papers set it: 224x224, batch 256, tested on ``val``.
+
+    Two papers differ in their images: see the head of `datamodules.image_augmentation` for the mean
+    per pixel of ResNet-50, and for the crop and flip alone of MSDNet's PyTorch code.
 
     Args:
         data_dir: holds ``train/<class>`` and ``val/<class>``.

@@ -148,7 +148,7 @@ def draws(augmentation: str, image: Image.Image, size: int, count: int) -> np.nd
     return np.stack([np.asarray(apply_keyed(transform, image, "test", i)) for i in range(count)])
 
 
-def test_resize_crop_zooms_crops_and_flips_as_he_says():
+def test_resize_crop_zooms_crops_and_flips_as_the_paper_says():
     # Red grows to the right and green to the bottom, so that the crop can be read off the pixels.
     ramp = np.zeros((100, 100, 3), np.uint8)
     ramp[:, :, 0] = np.arange(100) * 2 + 20
