@@ -1,7 +1,7 @@
 """What all data modules share: arguments, order, ranks, and where a resumed run goes on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from pytorch_lightning import LightningDataModule
@@ -87,6 +87,9 @@ class ImageDataModule(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        for name in (field.name for field in fields(self)):
+            # As a folder, an unset variable of a shell would be the one in which the command runs.
+            require(getattr(self, name) != "", f"{name} is empty: give a value, or leave it out")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}: give at least 1")
         require(
             self.eval_batch_size >= 1, f"eval_batch_size is {self.eval_batch_size}: give at least 1"

@@ -111,10 +111,6 @@ class ImageFolderDataModule(ImageDataModule):
             self.num_workers >= 0,
             f"num_workers is {self.num_workers}: give 0 or a number of processes",
         )
-        require(
-            self.predict_dir != "",  # which would be all below the folder in which one stands
-            "predict_dir is empty: give a folder, or null for the test images",
-        )
         self.image_shape = (3, self.image_size, self.image_size)
         self.train_transform = training_transform(self.augmentation, self.image_size)
         self._splits: dict[Split, tuple[ImageFiles, Tensor]] = {}

@@ -211,9 +211,8 @@ def test_a_loader_starts_where_the_trainer_is_when_the_first_batch_is_asked_for(
     assert len(loader) == len(everything) == 7
     assert len(rest) == 4
     assert all(torch.equal(a, b) for a, b in zip(rest, everything[3:], strict=True))
-    data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = (
-        7  # all done: a full epoch again
-    )
+    # All done: a full epoch again.
+    data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = 7
     assert len(list(loader)) == 7
 
 

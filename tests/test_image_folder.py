@@ -279,7 +279,7 @@ def test_mistakes_are_explained_in_one_line(folder, tmp_path):
         ({"augmentation": "cutmix"}, "'cutmix': give resize_crop, inception, mobile or none"),
         ({"image_size": 0}, "image_size is 0: give at least 1"),
         ({"num_workers": -1}, "num_workers is -1: give 0 or"),
-        ({"predict_dir": ""}, "predict_dir is empty: give a folder"),
+        ({"predict_dir": ""}, "predict_dir is empty: give a value, or leave it out"),
         ({"val_size": -1}, "val_size is -1: give 0 or"),
         ({"val_size": 12}, "val_size is 12 of 12 training images: lower it"),
         ({"batch_size": 13}, "asks for 13 of the 12 training images"),
