@@ -7,8 +7,8 @@ before, and the shift that normalises them is flipped, padded and cropped in the
     view = crop(pad(flip(.)))    scale = 1 / std    shift = -mean / std
 
 Where a view shows padding both terms are exactly 0. There are only 2 (2 padding + 1)^2 views, so
-those of the shift are tabulated. What is moved around are bytes, and floats are touched in three
-sweeps: that is the speed.
+those of the shift are tabulated. It is fast because only bytes are moved around, and floats are
+touched in three sweeps.
 """
 
 import torch

@@ -1,12 +1,12 @@
 """What all data modules share: arguments, order, ranks, and where a resumed run goes on."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.augmentation import BatchTransform
 from datamodules.order import evaluation_batches, num_training_batches, training_batches
 
 Split = Literal["train", "val", "test", "predict"]
@@ -47,6 +47,7 @@ class EpochLoader:
         """Nothing to do, see `state_dict`."""
 
 
+@dataclass(eq=False, kw_only=True)
 class ImageDataModule(LightningDataModule):
     """Labelled images. Steps receive ``(images, labels)``: float32 (N, C, H, W) and int64 (N,).
 
@@ -57,7 +58,9 @@ class ImageDataModule(LightningDataModule):
     Batches travel to the device as bytes, ``(images, labels[, views])``, and are normalised, and in
     training flipped and cropped, there.
 
-    Subclasses define the attributes and `num_samples`, `load_train`, `load_eval`.
+    The fields are the arguments. A subclass names, as a dataclass, only those that it adds or whose
+    default it changes, checks them in `__post_init__`, and defines the attributes and
+    `num_samples`, `load_train`, `load_eval`.
 
     Args:
         batch_size: training images per process.
@@ -65,27 +68,32 @@ class ImageDataModule(LightningDataModule):
         seed: keys order and augmentation; the seed of the run.
         drop_last: leave out the last training batch of an epoch when it is not full.
 
+    Attributes:
+        num_classes: number of classes.
+        class_names: their names, in the order of the labels.
+        image_shape: (C, H, W) of what the steps receive.
+        predict_names: a name for each image that `predict` gives to this rank, in their order; set
+            by `setup`.
+        transform: what happens to a batch on the device, a `BatchTransform`; set by `setup`.
+
     Raises:
         ValueError: an argument is out of range.
     """
 
-    num_classes: int
-    class_names: list[str]
-    image_shape: tuple[int, int, int]
-    """(C, H, W) of what the steps receive."""
-    predict_names: list[str]
-    """A name for each image that `predict` gives to this rank, in their order; set by `setup`."""
-    transform: BatchTransform
-    """What happens to a batch on the device; set by `setup`."""
+    batch_size: int = 128
+    eval_batch_size: int = 500
+    seed: int = 0
+    drop_last: bool = False
 
-    def __init__(self, batch_size: int, eval_batch_size: int, seed: int, drop_last: bool):
+    def __post_init__(self) -> None:
         super().__init__()
-        require(batch_size >= 1, f"batch_size is {batch_size}: give at least 1")
-        require(eval_batch_size >= 1, f"eval_batch_size is {eval_batch_size}: give at least 1")
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
-        self.drop_last = drop_last
+        for name in (field.name for field in fields(self)):
+            # As a folder, an unset variable of a shell would be the one in which the command runs.
+            require(getattr(self, name) != "", f"{name} is empty: give a value, or leave it out")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}: give at least 1")
+        require(
+            self.eval_batch_size >= 1, f"eval_batch_size is {self.eval_batch_size}: give at least 1"
+        )
 
     def num_samples(self, split: Split) -> int:
         """Returns the number of images of a split, over all ranks."""
@@ -115,7 +123,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def check_batch_size(self) -> None:
-        """For the end of `setup`.
+        """Is called at the end of `setup`.
 
         Raises:
             ValueError: the training split does not fill one batch on every process.
@@ -138,12 +146,17 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.current_epoch, num_done % self.num_train_batches
 
     def train_epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yields this rank's batches of an epoch, before they are moved to the device."""
+        """Yields this rank's batches of an epoch, before they are moved to the device.
+
+        Under ``trainer.overfit_batches`` the order is that of epoch 0 in every epoch, so that the
+        batches that are left hold the same images; how they are augmented goes on changing.
+        """
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
         batches = training_batches(
             self.num_samples("train"),
             self.batch_size,
             self.seed,
-            epoch,
+            0 if overfits else epoch,
             self.rank,
             self.world_size,
             self.drop_last,

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 32x32."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from torchvision import datasets
 from datamodules.base import require
 from datamodules.decoded_folder import read_folder
 from datamodules.in_memory import InMemoryDataModule, LabelledImages
-from datamodules.normalization import Normalization, per_channel
+from datamodules.normalization import per_channel
 
 
+@dataclass(eq=False, kw_only=True)
 class CIFAR10DataModule(InMemoryDataModule):
     """CIFAR-10, by default 45,000 / 5,000 / 10,000 images.
 
@@ -22,8 +24,9 @@ class CIFAR10DataModule(InMemoryDataModule):
     Args:
         data_dir: where to look, and to download to.
         normalization: "channel" uses the constants of the DenseNet and MSDNet code.
-        batch_size, eval_batch_size, val_size, split_seed, seed, crop_padding, horizontal_flip,
-            drop_last: see `InMemoryDataModule`.
+        horizontal_flip: flip half of the training images.
+        batch_size, eval_batch_size, val_size, split_seed, seed, crop_padding, drop_last: see
+            `InMemoryDataModule`.
     """
 
     num_classes = 10
@@ -33,31 +36,10 @@ class CIFAR10DataModule(InMemoryDataModule):
     channel_means = (125.3, 123.0, 113.9)
     channel_stds = (63.0, 62.1, 66.7)
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 5000,
-        split_seed: int = 0,
-        seed: int = 0,
-        normalization: Normalization = "channel",
-        crop_padding: int = 4,
-        horizontal_flip: bool = True,
-        drop_last: bool = False,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            seed=seed,
-            normalization=normalization,
-            crop_padding=crop_padding,
-            horizontal_flip=horizontal_flip,
-            drop_last=drop_last,
-        )
-        self.data_dir = data_dir
+    data_dir: str = field(default="data", kw_only=False)
+    val_size: int = 5000
+    crop_padding: int = 4
+    horizontal_flip: bool = True
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
         batches = Path(self.data_dir) / self.source.base_folder
@@ -69,10 +51,9 @@ class CIFAR10DataModule(InMemoryDataModule):
         else:
             train, test = self._read_batches(batches, folder, download)
         require(
-            len(self.class_names) == self.num_classes
-            and train.images.shape[1:] == self.image_shape,
-            f"{folder} has {len(self.class_names)} classes of {(*train.images.shape[1:],)} images, "
-            f"not {self.num_classes} of {self.image_shape}: use ImageFolderDataModule",
+            len(self.class_names) == self.num_classes,
+            f"{folder} has {len(self.class_names)} classes, not {self.num_classes}: use "
+            f"ImageFolderDataModule",
         )
         return train, test
 

@@ -18,8 +18,9 @@ from datamodules.image_files import decode, list_classes, list_labelled
 def read_folder(root: Path, splits: tuple[str, ...]) -> dict:
     """Reads every split of a folder, from the cache beside it if that is up to date.
 
-    The cache ``<root>.decoded.pt`` is written again when the names or sizes of the files have
-    changed. Where it cannot be written, a warning says so.
+    The cache ``<root>.decoded.pt`` is written again when the names, sizes or modification times of
+    the files have changed (also in a copy with new times). Where it cannot be written, a warning
+    says so.
 
     Returns:
         "class_names", and for each split a pair: images uint8 (N, 3, H, W) and labels int64 (N,).
@@ -49,7 +50,9 @@ def _fingerprint(root: Path, listing: dict[str, list[tuple[str, int]]]) -> str:
     digest = hashlib.blake2b()
     for samples in listing.values():
         for path, _ in samples:
-            digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n".encode())
+            status = os.stat(path)
+            digest.update(os.fsencode(os.path.relpath(path, root)))
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

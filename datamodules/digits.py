@@ -1,11 +1,12 @@
 """The 1,797 handwritten digits that scikit-learn carries: trains in seconds, needs no network."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from chance import generator
 from datamodules.in_memory import InMemoryDataModule, LabelledImages
-from datamodules.normalization import Normalization
 
 
 def hold_out(labels: Tensor, num_held_out: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -22,11 +23,13 @@ def hold_out(labels: Tensor, num_held_out: int, chance: torch.Generator) -> tupl
     return by_class[~held_out], by_class[held_out]
 
 
+@dataclass(eq=False, kw_only=True)
 class DigitsDataModule(InMemoryDataModule):
     """UCI optical digits as in `sklearn.datasets.load_digits`: 8x8, 1 channel, enlarged to 32x32.
 
     Every pixel becomes a square of 4x4, its value 0..16 one of 0..255. By default 1,257 images
-    train, 180 validate and 360 test, in a stratified split keyed by `split_seed`.
+    train, 180 validate and 360 test, in a stratified split. The test images are always the same;
+    `split_seed` keys those that validate.
 
     Args:
         crop_padding: in pixels of the enlarged image.
@@ -39,28 +42,7 @@ class DigitsDataModule(InMemoryDataModule):
     image_shape = (1, 32, 32)
     num_test = 360
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 180,
-        split_seed: int = 0,
-        seed: int = 0,
-        normalization: Normalization = "channel",
-        crop_padding: int = 0,
-        drop_last: bool = False,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            seed=seed,
-            normalization=normalization,
-            crop_padding=crop_padding,
-            horizontal_flip=False,
-            drop_last=drop_last,
-        )
+    val_size: int = 180
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
         from sklearn.datasets import load_digits  # slow to import, and only needed here
@@ -69,7 +51,7 @@ class DigitsDataModule(InMemoryDataModule):
         labels = torch.from_numpy(digits.target).long()
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
         images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
-        rest, test = hold_out(labels, self.num_test, generator("split", self.split_seed, "test"))
+        rest, test = hold_out(labels, self.num_test, generator("split", 0, "test"))
         train, test = (LabelledImages(images[part], labels[part]) for part in (rest, test))
         return train, test
 

@@ -14,9 +14,12 @@ state for the duration of one image and then restored.
 Sizes are for `image_size` 224 and scale with it.
 
 Differences from the released code:
-    * fb.resnet.torch draws w = r * sqrt(area), h = sqrt(area) / r with r in 3/4-4/3, so that w / h
-      is r^2; here w / h lies in 3/4-4/3 (log-uniform), as the papers say. It resizes bicubically;
-      here bilinear with antialiasing.
+    * fb.resnet.torch draws the aspect w / h uniformly in 3/4-4/3, and swaps w and h half of the
+      time; here it is log-uniform in the same range, as in torchvision and the Slimmable code.
+      It resizes bicubically; here bilinear with antialiasing.
+    * He et al. subtract a mean per pixel; here every way has ImageNet's mean and std per channel.
+    * MSDNet's PyTorch code takes the crop and the flip of "inception" without its colours; its
+      Torch code takes all, and so do our experiments.
     * The Slimmable code adds the PCA colour, computed for pixels in 0..1, to pixels in 0..255,
       where it is invisible; here it has its full size.
 """

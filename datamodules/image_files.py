@@ -1,11 +1,18 @@
-"""Finding and decoding image files."""
+"""Finding and decoding image files.
+
+Links to folders are followed, but no folder may be reached twice: its images would count twice, or
+forever. What is hidden (".ipynb_checkpoints", "._cat.jpg") is no class and no image.
+"""
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension
-from torchvision.datasets.folder import make_dataset as _make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+TIFF_BITS_PER_SAMPLE = 258  # the number of that tag
 
 
 def list_classes(folder: Path) -> list[str]:
@@ -14,13 +21,14 @@ def list_classes(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError: there is none.
     """
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError as error:
+    found = os.scandir(folder) if folder.is_dir() else []
+    names = sorted(entry.name for entry in found if entry.is_dir() and not _is_hidden(entry.name))
+    if not names:
         raise FileNotFoundError(
             f"no images found: looked for {folder}/<class>/*.jpg and the like; put one folder per "
             f"class there"
-        ) from error
+        )
+    return names
 
 
 def list_labelled(folder: Path, class_names: list[str]) -> list[tuple[str, int]]:
@@ -28,7 +36,7 @@ def list_labelled(folder: Path, class_names: list[str]) -> list[tuple[str, int]]
 
     Raises:
         FileNotFoundError: a class has no images.
-        ValueError: the classes are not `class_names`.
+        ValueError: the classes are not `class_names`, or two paths lead to one folder.
     """
     found = list_classes(folder)
     if found != class_names:
@@ -37,12 +45,15 @@ def list_labelled(folder: Path, class_names: list[str]) -> list[tuple[str, int]]
             f"{folder} and the training images differ in the classes {', '.join(odd[:5])}: make "
             f"them equal"
         )
-    try:
-        return _make_dataset(
-            folder, {name: i for i, name in enumerate(class_names)}, IMG_EXTENSIONS
+    seen = {os.path.realpath(folder): str(folder)}
+    by_class = [_list_images(folder / name, seen) for name in class_names]
+    empty = [name for name, paths in zip(class_names, by_class, strict=True) if not paths]
+    if empty:
+        raise FileNotFoundError(
+            f"{folder} has no images for the classes {', '.join(empty[:5])}: looked for files that "
+            f"end in {', '.join(IMG_EXTENSIONS)}"
         )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder}: {error}") from error
+    return [(path, label) for label, paths in enumerate(by_class) for path in paths]
 
 
 def list_all(folder: Path) -> list[str]:
@@ -50,33 +61,79 @@ def list_all(folder: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: two paths lead to one folder.
     """
-    paths = sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if has_file_allowed_extension(name, IMG_EXTENSIONS)
-    )
+    paths = sorted(_list_images(folder, {})) if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"no images found: looked for {folder}/**/*.jpg and the like")
     return paths
 
 
+def _list_images(folder: Path, seen: dict[str, str]) -> list[str]:
+    """Returns the path of every image below a folder, sorted by folder, then by name.
+
+    Args:
+        seen: where each real folder was reached; those below this one are added.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
+        first = seen.setdefault(os.path.realpath(parent), parent)
+        if first != parent:
+            raise ValueError(
+                f"{first} and {parent} are one folder: remove the link, as no image may count twice"
+            )
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [
+            (parent, name)
+            for name in names
+            if name.lower().endswith(IMG_EXTENSIONS) and not _is_hidden(name)
+        ]
+    return [os.path.join(parent, name) for parent, name in sorted(found)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _fail(error: OSError) -> NoReturn:
+    """Without it, os.walk passes over a folder that it may not read."""
+    raise error
+
+
 def decode(path: str) -> Image.Image:
-    """Reads an image as RGB.
+    """Reads an image as RGB of 8 bits.
+
+    Of 16 bits per channel the upper 8 are kept. Palettes, grey, black and white, CMYK and the like
+    become what Pillow converts them to. Alpha is dropped: a transparent pixel shows the colour that
+    is stored in it.
 
     Raises:
-        ValueError: it cannot be decoded; names the path.
+        ValueError: it cannot be decoded, or not to 8 bits without guessing its range, or it has
+            more pixels than Pillow takes for harmless; names the path.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # what Pillow raises differs with the damage
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                raise ValueError(f"its {image.width}x{image.height} pixels are more than {limit}")
+            return _to_rgb(image)
+    except Exception as error:  # what Pillow raises differs with the damage
         reason = str(error).replace(f" {path!r}", "")
         raise ValueError(
             f"cannot decode the image {path} ({reason}): replace or remove it"
         ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range is not known")
+    if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
+        bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE, (16,))
+        pixels = np.asarray(image)
+        low, high = pixels.min(), pixels.max()
+        if bits[0] < 16 or low < 0 or high > 65535:
+            raise ValueError(f"its pixels, from {low} to {high}, are not of 16 bits")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # which Pillow advises in a warning, for each image anew
+    return image.convert("RGB")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def names(self) -> list[str]:
-        return [os.fsdecode(path) for path in self.paths]
+        """Returns the paths; bytes that are no UTF-8 are escaped, so that they can be written."""
+        return [path.decode(errors="backslashreplace") for path in self.paths]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Returns a uint8 (3, H, W) image and its label, for a key (epoch, index)."""
@@ -73,8 +75,9 @@ def start_worker(worker: int) -> None:
     preemption.outlive_warnings()
 
 
+@dataclass(eq=False, kw_only=True)
 class ImageFolderDataModule(ImageDataModule):
-    """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` is it.
+    """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` tests.
 
     Workers decode and augment; batches go to the device as bytes and are normalised there, by
     ImageNet's mean and std. Lightning does not see the torch DataLoader inside, so it needs no
@@ -92,32 +95,24 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
     """
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        image_size: int = 224,
-        augmentation: Augmentation = "inception",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 0,
-        split_seed: int = 0,
-        seed: int = 0,
-        num_workers: int = 4,
-        predict_dir: str | None = None,
-        drop_last: bool = False,
-    ):
-        super().__init__(batch_size, eval_batch_size, seed, drop_last)
-        require(image_size >= 1, f"image_size is {image_size}: give at least 1")
-        require(val_size >= 0, f"val_size is {val_size}: give 0 or a number of images")
-        require(num_workers >= 0, f"num_workers is {num_workers}: give 0 or a number of processes")
-        self.data_dir = data_dir
-        self.image_size = image_size
-        self.image_shape = (3, image_size, image_size)
-        self.val_size = val_size
-        self.split_seed = split_seed
-        self.num_workers = num_workers
-        self.predict_dir = predict_dir
-        self.train_transform = training_transform(augmentation, image_size)
+    data_dir: str = field(default="data", kw_only=False)
+    image_size: int = 224
+    augmentation: Augmentation = "inception"
+    val_size: int = 0
+    split_seed: int = 0
+    num_workers: int = 4
+    predict_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.image_size >= 1, f"image_size is {self.image_size}: give at least 1")
+        require(self.val_size >= 0, f"val_size is {self.val_size}: give 0 or a number of images")
+        require(
+            self.num_workers >= 0,
+            f"num_workers is {self.num_workers}: give 0 or a number of processes",
+        )
+        self.image_shape = (3, self.image_size, self.image_size)
+        self.train_transform = training_transform(self.augmentation, self.image_size)
         self._splits: dict[Split, tuple[ImageFiles, Tensor]] = {}
 
     @cached_property
@@ -179,7 +174,7 @@ class ImageFolderDataModule(ImageDataModule):
             num_workers=self.num_workers,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
-            # Else it would draw a seed for its workers, which use none, from the global generator.
+            # Otherwise it would draw a seed for its workers, which use none, from the global one.
             generator=generator("workers", self.seed, epoch),
         )
         try:

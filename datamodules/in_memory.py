@@ -1,6 +1,7 @@
 """Data sets that fit into memory as bytes: a batch is an `index_select`."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import torch
@@ -19,6 +20,7 @@ class LabelledImages(NamedTuple):
     """int64 (N,)."""
 
 
+@dataclass(eq=False, kw_only=True)
 class InMemoryDataModule(ImageDataModule):
     """Holds all images as uint8. Subclasses define `read` and may replace `split` and `statistics`.
 
@@ -27,34 +29,32 @@ class InMemoryDataModule(ImageDataModule):
         split_seed: keys the split, which is thereby the same for every run and every `seed`.
         normalization: see `datamodules.normalization`; computed from the training split alone.
         crop_padding: zeros on each side before a random crop to the original size, in pixels.
-        horizontal_flip: flip half of the training images.
         batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
+
+    Attributes:
+        horizontal_flip: whether half of the training images are flipped; an argument only where
+            mirrored images keep their labels.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        eval_batch_size: int,
-        val_size: int,
-        split_seed: int,
-        seed: int,
-        normalization: Normalization,
-        crop_padding: int,
-        horizontal_flip: bool,
-        drop_last: bool,
-    ):
-        super().__init__(batch_size, eval_batch_size, seed, drop_last)
-        require(val_size >= 0, f"val_size is {val_size}: give 0 or a number of images")
+    horizontal_flip = False
+
+    val_size: int = 0
+    split_seed: int = 0
+    normalization: Normalization = "channel"
+    crop_padding: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = get_args(Normalization)
+        require(self.val_size >= 0, f"val_size is {self.val_size}: give 0 or a number of images")
         require(
-            normalization in get_args(Normalization),
-            f"normalization is {normalization!r}: give one of {', '.join(get_args(Normalization))}",
+            self.normalization in choices,
+            f"normalization is {self.normalization!r}: give one of {', '.join(choices)}",
         )
-        require(crop_padding >= 0, f"crop_padding is {crop_padding}: give 0 or a number of pixels")
-        self.val_size = val_size
-        self.split_seed = split_seed
-        self.normalization = normalization
-        self.crop_padding = crop_padding
-        self.horizontal_flip = horizontal_flip
+        require(
+            self.crop_padding >= 0,
+            f"crop_padding is {self.crop_padding}: give 0 or a number of pixels",
+        )
         self._loaded = False
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
@@ -91,15 +91,47 @@ class InMemoryDataModule(ImageDataModule):
         if self._loaded:
             return
         self._train, self._test = self.read(download)
+        self._check("training", self._train)
+        self._check("test", self._test)
         num_images = len(self._train.labels)
         require(
             self.val_size < num_images,
             f"val_size is {self.val_size} of {num_images} training images: lower it",
         )
+        widest = min(self.image_shape[1:]) - 1  # beyond it a crop may show padding alone
+        require(
+            self.crop_padding <= widest,
+            f"crop_padding is {self.crop_padding}: give 0 to {widest} pixels",
+        )
         self._train_indices, self._val_indices = self.split(self._train.labels)
         mean, std = self.statistics(self._train.images, self._train_indices)
         self.transform = BatchTransform(mean, std, self.crop_padding)
         self._loaded = True
+
+    def _check(self, part: str, data: LabelledImages) -> None:
+        """Compares what was read with what is declared, whatever the files were.
+
+        Raises:
+            ValueError: images and labels differ in number, or images in shape from `image_shape`,
+                or a label is none of the `num_classes`.
+        """
+        name = f"the {part} data of {type(self).__name__}"
+        images, labels = data
+        require(
+            len(images) == len(labels) > 0,
+            f"{name} have {len(images)} images and {len(labels)} labels: get the files again",
+        )
+        require(
+            images.shape[1:] == self.image_shape and labels.ndim == 1,
+            f"{name} are images of {(*images.shape[1:],)} with labels of {(*labels.shape[1:],)}, "
+            f"not of {self.image_shape} and (): get the files again, or use ImageFolderDataModule",
+        )
+        low, high = (int(label) for label in labels.aminmax())
+        require(
+            low >= 0 and high < self.num_classes,
+            f"{name} have labels from {low} to {high}, but {self.num_classes} classes count from 0 "
+            f"to {self.num_classes - 1}: get the files again",
+        )
 
     def num_samples(self, split: Split) -> int:
         if split == "train":

@@ -4,6 +4,9 @@ Each has 60,000 training and 10,000 test images of 28x28.
 """
 
 import gzip
+import struct
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +36,17 @@ def read_idx(path: Path) -> Tensor:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\0\0\x08":
+        if content[:3] != b"\0\0\x08" or content[3] == 0:
             raise ValueError("it does not start like an idx file of bytes")
         num_dims = content[3]
         shape = np.frombuffer(content, ">i4", num_dims, offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
         return torch.from_numpy(values.copy())
-    except (OSError, EOFError, IndexError, ValueError) as error:
+    except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"cannot read {path} ({error}): remove it and get it again") from error
 
 
+@dataclass(eq=False, kw_only=True)
 class MNISTDataModule(InMemoryDataModule):
     """MNIST, by default 55,000 / 5,000 / 10,000 images, 1 channel.
 
@@ -61,30 +65,9 @@ class MNISTDataModule(InMemoryDataModule):
     source = datasets.MNIST
     folders = (".", "MNIST/raw")
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 5000,
-        split_seed: int = 0,
-        seed: int = 0,
-        normalization: Normalization = "scale",
-        crop_padding: int = 0,
-        drop_last: bool = False,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            seed=seed,
-            normalization=normalization,
-            crop_padding=crop_padding,
-            horizontal_flip=False,
-            drop_last=drop_last,
-        )
-        self.data_dir = data_dir
+    data_dir: str = field(default="data", kw_only=False)
+    val_size: int = 5000
+    normalization: Normalization = "scale"
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
         paths = self._find()

@@ -1,5 +1,6 @@
 """Street View House Numbers (Netzer et al. 2011), with the extra training images."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def split_per_class(
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
 
 
+@dataclass(eq=False, kw_only=True)
 class SVHNDataModule(InMemoryDataModule):
     """SVHN, by default 598,388 / 6,000 / 26,032 images.
 
@@ -63,31 +65,16 @@ class SVHNDataModule(InMemoryDataModule):
     class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
     image_shape = (3, 32, 32)
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        val_size: int = 6000,
-        split_seed: int = 0,
-        seed: int = 0,
-        normalization: Normalization = "scale",
-        crop_padding: int = 0,
-        drop_last: bool = False,
-    ):
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_size=val_size,
-            split_seed=split_seed,
-            seed=seed,
-            normalization=normalization,
-            crop_padding=crop_padding,
-            horizontal_flip=False,
-            drop_last=drop_last,
+    data_dir: str = field(default="data", kw_only=False)
+    val_size: int = 6000
+    normalization: Normalization = "scale"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.val_size % 30 == 0,
+            f"val_size is {self.val_size}: give a multiple of 30 (3 per class)",
         )
-        require(val_size % 30 == 0, f"val_size is {val_size}: give a multiple of 30 (3 per class)")
-        self.data_dir = data_dir
 
     def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
         train, extra, test = (

@@ -1,6 +1,5 @@
 """Data sets are read as their files say, split as the papers do, and missed in one line."""
 
-import gzip
 import hashlib
 import pickle
 
@@ -17,10 +16,9 @@ from datamodules import (
     CIFAR10DataModule,
     CIFAR100DataModule,
     DigitsDataModule,
-    FashionMNISTDataModule,
-    MNISTDataModule,
     SVHNDataModule,
 )
+from datamodules.digits import hold_out
 from datamodules.svhn import split_per_class
 
 
@@ -68,7 +66,13 @@ def test_digits_keep_their_test_images_for_any_val_size():
         return torch.cat([images for images, _ in data.test_dataloader()])
 
     assert torch.equal(test_images(), test_images(val_size=0, seed=3))
-    assert not torch.equal(test_images(), test_images(split_seed=1))
+    assert torch.equal(test_images(), test_images(split_seed=1))
+    labels = torch.from_numpy(load_digits().target)
+    _, test = hold_out(labels, 360, generator("split", 0, "test"))
+    first, _ = next(iter(ready(DigitsDataModule()).test_dataloader()))
+    small = torch.from_numpy(load_digits().images)[test]
+    assert torch.equal(first[:, 0, ::4, ::4], (small * 255 / 16).round().byte())
+    assert test[:6].tolist() == [1258, 1739, 1049, 1335, 1563, 1615]
 
 
 # --- CIFAR ------------------------------------------------------------------------------
@@ -142,6 +146,24 @@ def test_corrupt_cifar_batches_are_named(cifar_batches):
         ValueError, match=r"cifar-10-batches-py is incomplete or corrupt: remove it"
     ):
         plain_cifar(folder).prepare_data()
+
+
+def test_cifar_and_svhn_files_are_compared_with_what_is_declared(cifar_batches, svhn, monkeypatch):
+    folder, images, _ = cifar_batches
+    batch = folder / "cifar-10-batches-py" / "test_batch"
+    for labels, message in (
+        ([*range(10), 0], "have 10 images and 11 labels"),
+        ([*range(1, 11)], "have labels from 1 to 10, but 10 classes count from 0 to 9"),
+    ):
+        batch.write_bytes(pickle.dumps({"data": images[40:].reshape(-1, 3072), "labels": labels}))
+        with pytest.raises(ValueError, match=f"the test data of CIFAR10DataModule {message}"):
+            ready(plain_cifar(folder))
+    content = {"X": np.zeros((32, 32, 3, 3), np.uint8), "y": np.array([[1], [10], [11]])}
+    savemat(svhn / "test_32x32.mat", content)
+    monkeypatch.setattr(datasets.svhn, "check_integrity", lambda path, checksum: True)
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    with pytest.raises(ValueError, match="test data of SVHNDataModule have labels from 0 to 11"):
+        ready(SVHNDataModule(str(svhn), batch_size=8, val_size=30))
 
 
 def test_missing_cifar_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -253,84 +275,13 @@ def test_folders_that_are_no_cifar_are_refused(cifar_folder):
         for path in (cifar_folder / "cifar10" / split).iterdir():
             if path.name in ("class3", "odd"):
                 path.rename(cifar_folder / f"{split}3")
-    with pytest.raises(ValueError, match="has 9 classes of"):
+    with pytest.raises(ValueError, match="has 9 classes, not 10: use Image"):
         ready(plain_cifar(cifar_folder))
     (cifar_folder / "train3" / "x").mkdir()
     (cifar_folder / "train3" / "x").rename(cifar_folder / "cifar10" / "train" / "empty")
     (cifar_folder / "cifar10" / "test" / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes empty"):
+    with pytest.raises(FileNotFoundError, match="train has no images for the classes empty: "):
         ready(plain_cifar(cifar_folder))
-
-
-# --- MNIST ------------------------------------------------------------------------------
-
-
-def write_mnist(folder, compress: bool) -> dict[str, np.ndarray]:
-    folder.mkdir(parents=True, exist_ok=True)
-    chance = np.random.default_rng(0)
-    arrays = {
-        "train-images-idx3-ubyte": chance.integers(0, 256, (40, 28, 28), dtype=np.uint8),
-        "train-labels-idx1-ubyte": np.arange(40, dtype=np.uint8) % 10,
-        "t10k-images-idx3-ubyte": chance.integers(0, 256, (20, 28, 28), dtype=np.uint8),
-        "t10k-labels-idx1-ubyte": np.arange(20, dtype=np.uint8) % 10,
-    }
-    for name, array in arrays.items():
-        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-        content = header + array.tobytes()
-        path = folder / (name + ".gz" if compress else name)
-        path.write_bytes(gzip.compress(content) if compress else content)
-    return arrays
-
-
-@pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize(
-    ("module", "folder"),
-    [
-        (MNISTDataModule, "."),
-        (MNISTDataModule, "MNIST/raw"),
-        (FashionMNISTDataModule, "."),
-        (FashionMNISTDataModule, "FashionMNIST/raw"),
-        (FashionMNISTDataModule, "fashion-mnist"),
-    ],
-)
-def test_mnist_files_are_found_and_read(tmp_path, module, folder, compress):
-    arrays = write_mnist(tmp_path / folder, compress)
-    data = module(str(tmp_path), batch_size=8, val_size=10)
-    data.prepare_data()
-    data.setup("fit")
-    assert len(labels_of(data.train_dataloader())) == 30
-    assert len(labels_of(data.val_dataloader())) == 10
-    images = as_bytes(data, data.test_dataloader())
-    assert np.array_equal(images[:, 0].numpy(), arrays["t10k-images-idx3-ubyte"])
-    assert images.shape[1:] == data.image_shape
-    assert labels_of(data.test_dataloader()).tolist() == list(range(10)) * 2
-    assert len(data.class_names) == data.num_classes == 10
-
-
-def test_corrupt_and_missing_mnist_files_are_named(tmp_path, monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=r"FashionMNIST not found: looked for .* get them from"
-    ):
-        ready(FashionMNISTDataModule(str(tmp_path)))
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
-    with pytest.raises(FileNotFoundError, match="downloading them failed: no route"):
-        FashionMNISTDataModule(str(tmp_path)).prepare_data()
-
-    for content in (b"", b"\0\0\x08\x03\0\0\0\x28", b"\x89PNG....", b"\0\0\x08"):
-        write_mnist(tmp_path, compress=False)
-        (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"cannot read .*train-images-idx3-ubyte \(.*remove it"
-        ):
-            ready(FashionMNISTDataModule(str(tmp_path), val_size=10, batch_size=8))
-    (tmp_path / "train-images-idx3-ubyte").unlink()
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz"):
-        ready(FashionMNISTDataModule(str(tmp_path), val_size=10, batch_size=8))
 
 
 # --- SVHN -------------------------------------------------------------------------------

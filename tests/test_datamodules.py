@@ -1,5 +1,6 @@
 """Order, augmentation, normalisation, ranks and resuming: what all data modules share."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,25 +18,21 @@ SHAPE = (3, 6, 8)
 NORMALIZATIONS = ["pixel_mean", "pixel_mean_scalar_std", "channel", "scale"]
 
 
+@dataclass(eq=False, kw_only=True)
 class Numbered(InMemoryDataModule):
     """Random images, each labelled with its own number."""
 
     num_classes = NUM_IMAGES
     image_shape = SHAPE
 
-    def __init__(self, **changes):
-        arguments = {
-            "batch_size": 7,
-            "eval_batch_size": 4,
-            "val_size": 13,
-            "split_seed": 0,
-            "seed": 0,
-            "normalization": "channel",
-            "crop_padding": 2,
-            "horizontal_flip": True,
-            "drop_last": False,
-        }
-        super().__init__(**(arguments | changes))
+    batch_size: int = 7
+    eval_batch_size: int = 4
+    val_size: int = 13
+    crop_padding: int = 2
+    horizontal_flip: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
         self.num_reads = 0
 
     def read(self, download):
@@ -56,6 +53,7 @@ def ready(rank=0, world_size=1, epoch=0, batch=0, **changes) -> Numbered:
         global_rank=rank,
         world_size=world_size,
         current_epoch=epoch,
+        overfit_batches=0.0,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
     data.setup("fit")
@@ -213,9 +211,8 @@ def test_a_loader_starts_where_the_trainer_is_when_the_first_batch_is_asked_for(
     assert len(loader) == len(everything) == 7
     assert len(rest) == 4
     assert all(torch.equal(a, b) for a, b in zip(rest, everything[3:], strict=True))
-    data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = (
-        7  # all done: a full epoch again
-    )
+    # All done: a full epoch again.
+    data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = 7
     assert len(list(loader)) == 7
 
 
@@ -295,6 +292,22 @@ def test_a_resumed_trainer_sees_what_it_would_have_seen(
         assert resumed.seen == uninterrupted.seen[step:], path.name
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("amount", [2, 0.3])
+def test_a_trainer_that_overfits_sees_the_same_images_in_every_epoch(tmp_path, amount):
+    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+    model = Recorder()
+    trainer(tmp_path, [keep], overfit_batches=amount).fit(model, datamodule=Numbered())
+    labels = [[row[2] for row in model.seen if row[0] == epoch] for epoch in range(3)]
+    assert len(labels[0]) == 2
+    assert labels[0] == labels[1] == labels[2]
+    assert len({row[3] for row in model.seen}) == 6  # augmented anew
+    resumed = Recorder()
+    again = trainer(tmp_path, overfit_batches=amount)
+    again.fit(resumed, datamodule=Numbered(), ckpt_path=tmp_path / "kept" / "step=3.ckpt")
+    assert resumed.seen == model.seen[3:]
+
+
 def test_predict_gives_every_image_and_its_name():
     data = Numbered()
     outputs = trainer(None).predict(Recorder(), datamodule=data)
@@ -350,6 +363,7 @@ def test_statistics_come_from_the_training_split_alone():
         ({"val_size": -1}, "val_size is -1: give"),
         ({"val_size": NUM_IMAGES}, "val_size is 60 of 60 training images: lower it"),
         ({"crop_padding": -1}, "crop_padding is -1: give"),
+        ({"crop_padding": 6}, "crop_padding is 6: give 0 to 5 pixels"),
         ({"normalization": "whitening"}, "'whitening': give one of pixel_mean, "),
         ({"batch_size": 48}, "asks for 48 of the 47 training images in every step: lower"),
     ],
@@ -357,6 +371,33 @@ def test_statistics_come_from_the_training_split_alone():
 def test_arguments_out_of_range_are_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         ready(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: (images[:40], labels), "have 40 images and 60 labels: get"),
+        (lambda images, labels: (images[:0], labels[:0]), "have 0 images and 0 labels: get"),
+        (
+            lambda images, labels: (images[:, :1], labels),
+            r"of \(1, 6, 8\) with labels of \(\), not",
+        ),
+        (lambda images, labels: (images, labels[:, None]), r"with labels of \(1,\), not of \(3, 6"),
+        (lambda images, labels: (images, labels + 1), "labels from 1 to 60, but 60 classes count"),
+        (lambda images, labels: (images, labels - 1), "labels from -1 to 58, but 60 classes"),
+    ],
+)
+@pytest.mark.parametrize("part", ["training", "test"])
+def test_data_that_are_not_as_declared_are_refused_in_one_line(change, message, part):
+    class Wrong(Numbered):
+        def read(self, download):
+            good, _ = super().read(download)
+            wrong = LabelledImages(*change(*good))
+            return (wrong, good) if part == "training" else (good, wrong)
+
+    with pytest.raises(ValueError, match=f"^the {part} data of Wrong .*{message}") as caught:
+        Wrong().setup("fit")
     assert "\n" not in str(caught.value)
 
 

@@ -45,6 +45,7 @@ def ready(folder, epoch=0, batch=0, **changes):
         global_rank=0,
         world_size=1,
         current_epoch=epoch,
+        overfit_batches=0.0,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
     data.prepare_data()
@@ -147,7 +148,7 @@ def draws(augmentation: str, image: Image.Image, size: int, count: int) -> np.nd
     return np.stack([np.asarray(apply_keyed(transform, image, "test", i)) for i in range(count)])
 
 
-def test_resize_crop_zooms_crops_and_flips_as_he_says():
+def test_resize_crop_zooms_crops_and_flips_as_the_paper_says():
     # Red grows to the right and green to the bottom, so that the crop can be read off the pixels.
     ramp = np.zeros((100, 100, 3), np.uint8)
     ramp[:, :, 0] = np.arange(100) * 2 + 20
@@ -204,6 +205,42 @@ def test_images_held_out_are_not_trained_on_and_not_augmented(folder):
     assert not torch.equal(other, val)
 
 
+def test_the_split_seed_moves_no_test_image(folder):
+    names = [ready(folder, val_size=5, split_seed=seed).predict_names for seed in range(3)]
+    assert names == [names[0]] * 3
+
+
+def test_names_that_are_no_utf8_can_be_written(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        picture(1, (30, 30)).save(tmp_path / split / "only" / "a.png")
+    try:
+        os.rename(tmp_path / "val/only/a.png", os.fsencode(tmp_path / "val/only") + b"/\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    data = ready(tmp_path, batch_size=1)
+    assert data.predict_names == [f"{tmp_path}/val/only/\\xe9.png"]
+    assert len(all_of(data.predict_dataloader())[0]) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_folder_to_predict_is_read_faithfully_or_refused(tmp_path, num_workers):
+    for split in ("train/only", "val/only", "new"):
+        (tmp_path / split).mkdir(parents=True)
+        picture(1, (30, 30)).save(tmp_path / split / "a.png")
+    grey = np.full((30, 30), 49152, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "new" / "a.png")
+    Image.fromarray(grey).save(tmp_path / "train" / "only" / "a.png")
+    changes = {"augmentation": "none", "batch_size": 1, "num_workers": num_workers}
+    data = ready(tmp_path, predict_dir=str(tmp_path / "new"), **changes)
+    for loader in (data.train_dataloader(), data.predict_dataloader()):
+        assert (all_of(loader)[0] == 192).all()
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "new" / "b.tif")
+    data = ready(tmp_path, predict_dir=str(tmp_path / "new"), **changes)
+    with pytest.raises(ValueError, match=r"^cannot decode the image .*new/b\.tif \(its pixels are"):
+        all_of(data.predict_dataloader())
+
+
 def test_a_test_folder_and_a_folder_to_predict(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / split / "only").mkdir(parents=True)
@@ -242,6 +279,7 @@ def test_mistakes_are_explained_in_one_line(folder, tmp_path):
         ({"augmentation": "cutmix"}, "'cutmix': give resize_crop, inception, mobile or none"),
         ({"image_size": 0}, "image_size is 0: give at least 1"),
         ({"num_workers": -1}, "num_workers is -1: give 0 or"),
+        ({"predict_dir": ""}, "predict_dir is empty: give a value, or leave it out"),
         ({"val_size": -1}, "val_size is -1: give 0 or"),
         ({"val_size": 12}, "val_size is 12 of 12 training images: lower it"),
         ({"batch_size": 13}, "asks for 13 of the 12 training images"),
