@@ -23,6 +23,7 @@ from torch.distributed import DistError
 
 import preemption
 from lightning_modules import ImageClassifier
+from running.arguments import StrictParser
 from running.checkpoint import AtomicCheckpointIO, RunCheckpoint, is_time_over
 from running.folder import RunFolder
 from running.predictions import PredictionWriter
@@ -49,6 +50,7 @@ class ExperimentCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=StrictParser,
             parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
             trainer_defaults={
                 "enable_model_summary": False,
