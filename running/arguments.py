@@ -11,7 +11,8 @@ What it lets pass and a run would take for something else stops here, before any
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from argparse import Action
+from collections.abc import Callable, Iterator, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,7 +34,9 @@ class StrictParser(LightningArgumentParser):
     needed here are handed on as they come.
     """
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:
+    def parse_args(
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
         refuse_empty(sys.argv[1:] if args is None else args)
         with _naming("what the command line gives"):
             return super().parse_args(args, *rest, **options)
@@ -77,19 +80,25 @@ class StrictParser(LightningArgumentParser):
                 continue
             if _holds_empty(cfg[action.dest]):
                 raise TypeError(f"{action.dest} is empty: {UNSET}")
-            if cfg[action.dest] is None:
-                self._validate_null(action.dest, getattr(action, "_typehint", action.type))
+            if cfg[action.dest] is None and not self._takes_null(action):
+                needed = _describe(getattr(action, "_typehint", None))
+                raise TypeError(
+                    f"{action.dest} is null, but needs {needed}: give it, or remove the line"
+                )
         super().validate(cfg, *rest, **options)
 
-    def _validate_null(self, key: str, annotation: Any) -> None:
+    def _takes_null(self, action: Action) -> bool:
+        # A section has no type. Older versions of jsonargparse check no function.
+        annotation = getattr(action, "_typehint", None)
+        if annotation is None or get_origin(annotation) is Callable:
+            return False
         null, skip_none, skip_required = Namespace(), False, True
-        null[key] = None
+        null[action.dest] = None
         try:
             super().validate(null, skip_none, skip_required)
-        except TypeError as error:
-            raise TypeError(
-                f"{key} is null, but needs {_describe(annotation)}: give it, or remove the line"
-            ) from error
+        except TypeError:
+            return False
+        return True
 
 
 def refuse_empty(args: Sequence[str]) -> None:
