@@ -28,6 +28,7 @@ from torch.distributed import DistError
 import preemption
 from callbacks import is_result, result_path
 from lightning_modules import ImageClassifier
+from running.arguments import StrictParser
 from running.checkpoint import RunCheckpoint, is_time_over
 from running.checkpoint_io import AtomicCheckpointIO
 from running.folder import RunFolder, check_evaluated
@@ -55,6 +56,7 @@ class ExperimentCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=StrictParser,
             parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
             trainer_defaults={
                 "enable_model_summary": False,

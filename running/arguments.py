@@ -1,0 +1,183 @@
+"""What a command line and its YAML files may say, more strictly than jsonargparse.
+
+What it lets pass and a run would take for something else stops here, before anything is built:
+
+    null where a value is needed   would take the other branch of an `if`
+    an empty string                is a variable that nobody has set
+    a key that a YAML gives twice  would lose the first of the two
+    a linked argument              would give way to what decides it: model.seed to seed_everything
+"""
+
+import contextlib
+import os
+import sys
+from argparse import Action
+from collections.abc import Callable, Iterator, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
+from pytorch_lightning.cli import LightningArgumentParser
+
+NO_FILE = '"<unicode string>"'  # what PyYAML calls a text, and jsonargparse hands it nothing else
+UNSET = "is a variable unset? give a value, or leave it out"
+
+_load_yaml = get_loader("yaml")
+_Composer = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class StrictParser(LightningArgumentParser):
+    """Parses the command line, its YAML files, and the arguments of every class that they name.
+
+    The signatures of jsonargparse's methods differ between its versions: arguments that are not
+    needed here are handed on as they come.
+    """
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        refuse_empty(sys.argv[1:] if args is None else args)
+        with _naming("what the command line gives"):
+            return super().parse_args(args, *rest, **options)
+
+    def parse_path(self, path: str | os.PathLike, *rest: Any, **options: Any) -> Namespace:
+        with _naming(f'"{path}"'):
+            return super().parse_path(path, *rest, **options)
+
+    def link_arguments(self, source: str, target: str, *rest: Any, **options: Any) -> None:
+        self.links = [*getattr(self, "links", []), (source, target)]
+        super().link_arguments(source, target, *rest, **options)
+
+    def _parse_common(self, cfg: Namespace, *rest: Any, **options: Any) -> Namespace:
+        """Completes what was given, in one file or altogether, with defaults and links.
+
+        This is the last place where a linked argument that was given can be told from its default.
+        With the value that the link brings it is no mistake: config.yaml in a run folder holds all.
+
+        Raises:
+            ArgumentError: a linked argument has another value than what decides it.
+        """
+        for source, target in getattr(self, "links", []):
+            if source in cfg and target in cfg:
+                if cfg[target] != cfg[source]:
+                    self.error(
+                        f"{target} is {cfg[target]}, but {source} decides it, and is "
+                        f"{cfg[source]}: use --{source}"
+                    )
+                del cfg[target]
+        return super()._parse_common(cfg, *rest, **options)
+
+    def validate(self, cfg: Namespace, *rest: Any, **options: Any) -> None:
+        """Checks the values that a parser has read; jsonargparse passes over those that are None.
+
+        Raises:
+            TypeError: a value does not fit its argument.
+        """
+        for action in self._actions:
+            # What is required has the default None, and jsonargparse misses it.
+            if action.dest not in cfg or cfg[action.dest] == action.default:
+                continue
+            if _holds_empty(cfg[action.dest]):
+                raise TypeError(f"{action.dest} is empty: {UNSET}")
+            if cfg[action.dest] is None and not self._takes_null(action):
+                needed = _describe(getattr(action, "_typehint", None))
+                raise TypeError(
+                    f"{action.dest} is null, but needs {needed}: give it, or remove the line"
+                )
+        super().validate(cfg, *rest, **options)
+
+    def _takes_null(self, action: Action) -> bool:
+        # A section has no type. Older versions of jsonargparse check no function.
+        annotation = getattr(action, "_typehint", None)
+        if annotation is None or get_origin(annotation) is Callable:
+            return False
+        null, skip_none, skip_required = Namespace(), False, True
+        null[action.dest] = None
+        try:
+            super().validate(null, skip_none, skip_required)
+        except TypeError:
+            return False
+        return True
+
+
+def refuse_empty(args: Sequence[str]) -> None:
+    """Refuses ``--run_dir=`` and ``--run_dir ""`` on a command line.
+
+    Raises:
+        ValueError: names the first option without a value.
+    """
+    option = "an argument"
+    for arg in args:
+        name, equals, value = arg.partition("=") if arg.startswith("-") else (option, "=", arg)
+        if equals and value.strip() in ("", '""', "''"):
+            raise ValueError(f"{name} is empty: {UNSET}")
+        option = name
+
+
+def load_yaml(text: str) -> Any:
+    """Reads a YAML text as jsonargparse does.
+
+    Raises:
+        ValueError: a key is given twice; names it, and both lines.
+    """
+    # Not a YAMLError: after one of those jsonargparse takes the text for a string, and goes on.
+    lines: dict[str, int] = {}
+    if ":" in text:
+        for key, line in _keys(yaml.compose(text, _Composer), "", set()):
+            if key in lines:
+                raise ValueError(
+                    f"the key {key} is given twice in {NO_FILE}, on lines {lines[key]} and {line}: "
+                    "keep one"
+                )
+            lines[key] = line
+    return _load_yaml(text)
+
+
+set_loader("yaml", load_yaml, (yaml.YAMLError,))
+
+
+def _keys(node: yaml.Node | None, parent: str, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """Yields the dotted path and the line of every key below a node, of aliased ones once."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _keys(item, f"{parent}{index}.", seen)
+        return
+    for key, value in node.value:
+        path = f"{parent}{key.value}"
+        yield path, key.start_mark.line + 1
+        yield from _keys(value, f"{path}.", seen)
+
+
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Says in errors about a YAML text where it stands."""
+    try:
+        yield
+    except (ArgumentError, ValueError) as error:
+        if NO_FILE not in str(error):
+            raise
+        raise ArgumentError(None, str(error).replace(NO_FILE, place)) from error
+
+
+def _holds_empty(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_empty, value))
+    if isinstance(value, dict):
+        return any(map(_holds_empty, value.values()))
+    return value == ""
+
+
+def _describe(annotation: Any) -> str:
+    """Returns a type in words, if it has few."""
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(repr, get_args(annotation)))}"
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_describe, get_args(annotation))))
+    if not isinstance(annotation, type):
+        return "a value"
+    name = annotation.__name__
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
