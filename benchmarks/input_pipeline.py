@@ -20,8 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from chance import generator
-from datamodules import CIFAR10DataModule
-from datamodules.in_memory import LabelledImages
+from datamodules import CIFAR10DataModule, LabelledImages
 
 BATCH_SIZE = 128
 OURS = "this project"

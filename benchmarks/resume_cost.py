@@ -33,11 +33,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
 from benchmarks.timing import describe_machine, parse_options
-from datamodules.base import EpochLoader
+from datamodules import EpochLoader
 from lightning_modules import LitResNet
 from networks import CifarResNet, median_seconds
-from running import AtomicCheckpointIO, CSVHistory, RunCheckpoint
-from running.checkpoint import LAST
+from running import LAST, AtomicCheckpointIO, CSVHistory, RunCheckpoint
 
 ROOT = Path(__file__).parent.parent
 STEPS_PER_EPOCH = 352  # 45,000 training images of CIFAR-10

@@ -19,8 +19,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 
 from benchmarks.timing import best_device, describe_machine, parse_options
-from lightning_modules import LitResNet
-from lightning_modules.base import sgd
+from lightning_modules import LitResNet, sgd
 from networks import CifarResNet, wait_for
 
 CLAIM = 1.05

@@ -1,11 +1,11 @@
 """Data sets as Lightning data modules; the same arguments everywhere, order and views keyed."""
 
-from datamodules.base import ImageDataModule
+from datamodules.base import EpochLoader, ImageDataModule
 from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from datamodules.digits import DigitsDataModule
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.imagenet import ImageNetDataModule
-from datamodules.in_memory import InMemoryDataModule
+from datamodules.in_memory import InMemoryDataModule, LabelledImages
 from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
 from datamodules.svhn import SVHNDataModule
 
@@ -13,11 +13,13 @@ __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "DigitsDataModule",
+    "EpochLoader",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "InMemoryDataModule",
+    "LabelledImages",
     "MNISTDataModule",
     "SVHNDataModule",
 ]

@@ -1,6 +1,6 @@
 """One method per file: the training step, and how the trained network is evaluated."""
 
-from lightning_modules.base import ImageClassifier
+from lightning_modules.base import ImageClassifier, sgd
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
 from lightning_modules.metrics import FULL, accuracy_name
@@ -25,5 +25,6 @@ __all__ = [
     "MultiExitClassifier",
     "WarmupMultiStepLR",
     "accuracy_name",
+    "sgd",
     "survival_probabilities",
 ]

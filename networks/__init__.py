@@ -2,6 +2,7 @@
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
 from networks.cost import (
+    NUM_TIMED_ROUNDS,
     TIMED_BATCH_SIZE,
     count_macs,
     count_params,
@@ -52,6 +53,7 @@ from networks.thresholds import (
 
 __all__ = [
     "MAX_GRID",
+    "NUM_TIMED_ROUNDS",
     "TIMED_BATCH_SIZE",
     "BranchyAlexNet",
     "BranchyLeNet",

@@ -1,6 +1,6 @@
 """What makes a command a run, and a repeated command a resumed one."""
 
-from running.checkpoint import RunCheckpoint
+from running.checkpoint import LAST, RunCheckpoint
 from running.checkpoint_io import AtomicCheckpointIO
 from running.cli import ExperimentCLI, main
 from running.folder import RunFolder
@@ -11,6 +11,7 @@ from running.tracking import Tracking
 from running.wandb_logger import FaultTolerantWandbLogger
 
 __all__ = [
+    "LAST",
     "AtomicCheckpointIO",
     "CSVHistory",
     "ExperimentCLI",

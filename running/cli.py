@@ -315,6 +315,8 @@ def one_line(error: Exception) -> str:
         r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
     )
     message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
+    message = re.sub(r"\. Got value: Namespace\(.*", "", message)
+    message = re.sub(r" - Not a valid subclass of Callback.*", "", message)
     return re.sub(r" Given value type: .*", "", message)
 
 

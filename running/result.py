@@ -8,8 +8,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from callbacks import Column, SampledTestImages, Table, log_panels, result_path
 from lightning_modules import accuracy_name
-from networks import TIMED_BATCH_SIZE, time_points
-from networks.cost import NUM_TIMED_ROUNDS
+from networks import NUM_TIMED_ROUNDS, TIMED_BATCH_SIZE, time_points
 
 NAME = "operating_points"
 RESULT = f"{NAME}.csv"

@@ -136,17 +136,21 @@ def test_stage_2_starts_from_the_trunk(stage_1: str, tmp_path: Path) -> None:
 
 def test_resumed_run_does_not_look_at_the_trunk_again(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[])
-    trainer.fit(LitResNet(CifarResNet(8, in_channels=1)), datamodule=DigitsDataModule(64))
+    trainer.fit(
+        LitResNet(CifarResNet(8, in_channels=1)), datamodule=DigitsDataModule(batch_size=64)
+    )
     trunk = tmp_path / "trunk.ckpt"
     trainer.save_checkpoint(trunk)
     module = LitBranchyNet(network(), trunk_checkpoint=str(trunk))
     trainer = make_trainer(tmp_path, callbacks=[])
-    trainer.fit(module, datamodule=DigitsDataModule(64))
+    trainer.fit(module, datamodule=DigitsDataModule(batch_size=64))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     trunk.unlink()
     resumed = LitBranchyNet(network(), trunk_checkpoint=str(trunk))
     trainer = make_trainer(tmp_path, num_epochs=2, callbacks=[])
-    trainer.fit(resumed, datamodule=DigitsDataModule(64), ckpt_path=tmp_path / "last.ckpt")
+    trainer.fit(
+        resumed, datamodule=DigitsDataModule(batch_size=64), ckpt_path=tmp_path / "last.ckpt"
+    )
     assert trainer.global_step == 16
 
 
