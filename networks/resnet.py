@@ -18,6 +18,8 @@ Differences from the released code:
       is A with the zeros before them, as in the BranchyNet code.
     * In a bottleneck the stride is in the 3x3 convolution, as in torchvision; `stride_in_1x1=True`
       is the network of either paper (and gives the paper's FLOPs).
+    * Weights are drawn by fan in, and the last layer is torch's, as in the CIFAR code. The ImageNet
+      code of Stochastic Depth draws by fan out and zeroes the last bias.
 """
 
 import copy

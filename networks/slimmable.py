@@ -16,7 +16,8 @@ widths alone that were recalibrated (Universally Slimmable).
 
 Differences from the released code:
     * A width without statistics is an error; the released code would use those of a fresh BN.
-    * Rounding never gives a layer more channels than it has.
+    * Rounding never gives a layer more channels than it has. The released S-ResNet cuts off instead
+      of rounding: of 64 and 256 channels 22 and 89 at a width of 0.35, here 24 and 88.
     * Non-uniform widths work.
     * The BN behind the last convolution of MobileNet v2, which has all its channels at every width,
       has statistics for each width as well; in the released code all widths share them.

@@ -339,6 +339,7 @@ def test_rounding_as_released():
     """With the oddities below 4, which come from a smallest result of 1."""
     expected = {1: 1, 2: 9, 3: 9, 4: 8, 8: 8, 9: 16, 10: 16, 11: 16, 12: 16, 16: 16, 20: 24, 36: 40}
     assert {channels: round_channels(channels) for channels in expected} == expected
+    assert [round_channels(0.35 * channels) for channels in (64, 256)] == [24, 88]
     assert [round_channels(channels, 4) for channels in (1, 2, 3, 5, 6, 11)] == [1, 4, 4, 8, 8, 12]
     assert [round_channels(channels, 1) for channels in (0.2, 1.4, 1.5, 7.6)] == [1, 2, 2, 8]
 
