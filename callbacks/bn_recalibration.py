@@ -124,11 +124,14 @@ def training_images(
         num_batches: how many batches; None: no limit.
 
     Raises:
-        ValueError: there is no data module.
+        ValueError: there is no data module, or none that has `train_epoch`.
     """
     data = trainer.datamodule
-    if data is None:
-        raise ValueError("BNRecalibration needs training images: give a data module")
+    if not hasattr(data, "train_epoch"):
+        raise ValueError(
+            "BNRecalibration needs training images: give a data module of this project, or one "
+            "that has train_epoch() as they do"
+        )
     data.setup("fit")
     missing = math.inf if num_images is None else math.ceil(num_images / trainer.world_size)
     for number, batch in enumerate(data.train_epoch(trainer.current_epoch), start=1):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -15,8 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from chance import key_to_seed
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name
-from lightning_modules.schedules import check_schedule
-from networks import count_macs, count_params
+from lightning_modules.schedules import Interval, check_schedule
+from networks import check_choice, count_macs, count_params
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -52,10 +52,11 @@ class ImageClassifier(pl.LightningModule):
         net: nn.Module,
         optimizer: OptimizerFactory = sgd,
         lr_scheduler: SchedulerFactory | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
         seed: int = 0,
     ):
         super().__init__()
+        check_choice("lr_interval", lr_interval, Interval)
         # The memory format in which CPUs and tensor cores convolve fastest; the weights decide it.
         self.net = net.to(memory_format=torch.channels_last)
         self.optimizer = optimizer

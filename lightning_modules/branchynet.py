@@ -12,7 +12,7 @@ import math
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.optim import Adam, Optimizer
 from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory
 from lightning_modules.metrics import FULL
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from lightning_modules.schedules import Interval
 from networks import (
     MAX_GRID,
     Criterion,
@@ -72,7 +73,7 @@ class LitBranchyNet(MultiExitClassifier):
         trunk_checkpoint: str | None = None,
         optimizer: OptimizerFactory = adam,
         lr_scheduler: SchedulerFactory | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
         seed: int = 0,
     ):
         super().__init__(

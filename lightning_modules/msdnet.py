@@ -13,7 +13,6 @@ Differences from the released code:
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory, sgd
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from lightning_modules.schedules import Interval
 from networks import (
     TIMED_BATCH_SIZE,
     ExitCosts,
@@ -74,7 +74,7 @@ class LitMSDNet(MultiExitClassifier):
         exit_thresholds: Sequence[float] | None = None,
         optimizer: OptimizerFactory = sgd,
         lr_scheduler: SchedulerFactory | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
         seed: int = 0,
     ):
         super().__init__(

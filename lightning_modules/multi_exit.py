@@ -16,6 +16,7 @@ from lightning_modules.base import (
     SchedulerFactory,
 )
 from lightning_modules.metrics import FULL, accuracy_name
+from lightning_modules.schedules import Interval
 from networks import (
     Criterion,
     ExitCosts,
@@ -93,7 +94,7 @@ class MultiExitClassifier(ImageClassifier):
         exit_thresholds: Sequence[float] | None,
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
-        lr_interval: str,
+        lr_interval: Interval,
         seed: int,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)

@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
+Interval = Literal["epoch", "step"]
+
 
 class WarmupMultiStepLR(LambdaLR):
     """A tenth of the optimizer's rate at first, then all of it, divided by 10 at each milestone.
@@ -74,9 +76,7 @@ class LinearDecayLR(LambdaLR):
         super().load_state_dict(state_dict)
 
 
-def check_schedule(
-    scheduler: Any, training_length: float | None, interval: Literal["epoch", "step"]
-) -> None:
+def check_schedule(scheduler: Any, training_length: float | None, interval: Interval) -> None:
     """Gives a schedule the length of the training, and warns of one that has another length.
 
     Args:

@@ -30,14 +30,18 @@ from lightning_modules.base import (
     sgd,
 )
 from lightning_modules.metrics import FULL
+from lightning_modules.schedules import Interval
 from networks import (
     SlimmableNetwork,
     SwitchableBatchNorm2d,
     WidthMult,
+    check_choice,
     count_macs,
     count_params,
     extract,
 )
+
+WidthRule = Literal["sandwich", "random"]
 
 
 class SlimmableClassifier(ImageClassifier):
@@ -57,7 +61,7 @@ class SlimmableClassifier(ImageClassifier):
         eval_widths: Sequence[float],
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
-        lr_interval: str,
+        lr_interval: Interval,
         seed: int,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
@@ -143,7 +147,7 @@ class LitSlimmable(SlimmableClassifier):
         eval_widths: Sequence[float] | None = None,
         optimizer: OptimizerFactory = sgd,
         lr_scheduler: SchedulerFactory | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
         seed: int = 0,
     ):
         if net.width_mults is None:
@@ -206,12 +210,12 @@ class LitUniversallySlimmable(SlimmableClassifier):
         net: SlimmableNetwork,
         eval_widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         num_widths: int = 4,
-        width_rule: Literal["sandwich", "random"] = "sandwich",
+        width_rule: WidthRule = "sandwich",
         inplace_distill: bool = True,
         nonuniform: bool = False,
         optimizer: OptimizerFactory = sgd,
         lr_scheduler: SchedulerFactory | None = None,
-        lr_interval: Literal["epoch", "step"] = "step",
+        lr_interval: Interval = "step",
         seed: int = 0,
     ):
         if net.width_mult_range is None:
@@ -219,6 +223,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
                 "LitUniversallySlimmable needs the network's width_mult_range: set it, or use "
                 "LitSlimmable"
             )
+        check_choice("width_rule", width_rule, WidthRule)
         if num_widths < 2:
             raise ValueError(f"num_widths is {num_widths}: give 2 or more, widest and narrowest")
         if inplace_distill and width_rule == "random":

@@ -30,17 +30,22 @@ from lightning_modules.base import (
     sgd,
 )
 from lightning_modules.metrics import FULL
-from networks import ResidualNetwork
+from lightning_modules.schedules import Interval
+from networks import ResidualNetwork, check_choice
+
+Decay = Literal["linear", "uniform"]
+Mode = Literal["batch", "row"]
 
 
 def survival_probabilities(
-    num_blocks: int, final_survival_prob: float, decay: Literal["linear", "uniform"]
+    num_blocks: int, final_survival_prob: float, decay: Decay
 ) -> list[float]:
     """Returns p_1..p_L: "linear" falls from 1 at the stem (l = 0) to p_L, "uniform" is p_L.
 
     Raises:
-        ValueError: `final_survival_prob` is outside (0, 1].
+        ValueError: `final_survival_prob` is outside (0, 1], or an unknown decay.
     """
+    check_choice("decay", decay, Decay)
     if not 0 < final_survival_prob <= 1:
         raise ValueError(f"final_survival_prob {final_survival_prob} is outside (0, 1]")
     if decay == "uniform":
@@ -68,24 +73,25 @@ class LitStochasticDepth(ImageClassifier):
         gates: those of the latest training step, (num_blocks,) or (num_blocks, N), on the CPU.
 
     Raises:
-        ValueError: `final_survival_prob` is outside (0, 1].
+        ValueError: `final_survival_prob` is outside (0, 1], or an unknown decay or mode.
     """
 
     def __init__(
         self,
         net: ResidualNetwork,
         final_survival_prob: float = 0.5,
-        decay: Literal["linear", "uniform"] = "linear",
-        mode: Literal["batch", "row"] = "batch",
+        decay: Decay = "linear",
+        mode: Mode = "batch",
         rescale: bool = False,
         update_dropped_blocks: bool = True,
         optimizer: OptimizerFactory = sgd,
         lr_scheduler: SchedulerFactory | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_interval: Interval = "epoch",
         seed: int = 0,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
         self.survival_probs = survival_probabilities(net.num_blocks, final_survival_prob, decay)
+        check_choice("mode", mode, Mode)
         self.mode = mode
         self.rescale = rescale
         self.update_dropped_blocks = update_dropped_blocks

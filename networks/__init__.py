@@ -1,6 +1,7 @@
 """Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
+from networks.choices import check_choice
 from networks.cost import (
     NUM_TIMED_ROUNDS,
     TIMED_BATCH_SIZE,
@@ -80,6 +81,7 @@ __all__ = [
     "SwitchableBatchNorm2d",
     "WidthMult",
     "check_budget",
+    "check_choice",
     "check_criterion",
     "check_thresholds",
     "confidence",

@@ -33,7 +33,6 @@ from networks.cost import NUM_TIMED_ROUNDS, count_macs, median_seconds
 from networks.rows import take_rows
 
 Criterion = Literal["entropy", "confidence"]
-Criterion.__doc__ = "What says how sure an image is of its class: see `entropy`, `confidence`."
 State = Any
 EXPORT_REMEDY = (
     "early_exit cannot be traced or exported: later batches would leave where the example images "

@@ -13,11 +13,14 @@ from pytorch_lightning.callbacks import Checkpoint, Timer
 
 import preemption
 from lightning_modules import accuracy_name
+from networks import check_choice
 from running.history import CSVHistory
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
+Select = Literal["best", "last"]
+Mode = Literal["auto", "min", "max"]
 FORMAT = 2
 """Of what a checkpoint holds beside Lightning's part; a run of another format does not go on."""
 
@@ -50,11 +53,13 @@ class RunCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        select: Literal["best", "last"] = "last",
+        select: Select = "last",
         monitor: str = accuracy_name("val"),
-        mode: Literal["auto", "min", "max"] = "auto",
+        mode: Mode = "auto",
         every_n_steps: int = 200,
     ):
+        check_choice("checkpoint.select", select, Select)
+        check_choice("checkpoint.mode", mode, Mode)
         if every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}: use 1 or more")
         self.select = select

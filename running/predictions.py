@@ -18,7 +18,7 @@ class PredictionWriter(Callback):
 
     A method whose `predict_step` returns the exit of each image, from 1, beside the probabilities
     gets a fourth column. Reads of the data module: `class_names`, and `predict_names`, one name per
-    image of this rank, in order.
+    image of this rank, in order; numbers stand for what it does not have.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,12 @@ class PredictionWriter(Callback):
         data = trainer.datamodule
         probs, *exits = outputs if isinstance(outputs, tuple) else (outputs,)
         columns = (values.tolist() for values in (*probs.max(1), *exits))
+        names = getattr(data, "predict_names", None)
+        classes = getattr(data, "class_names", None)
         for prob, label, *exit_number in zip(*columns, strict=True):
-            name = data.predict_names[len(self.rows)]
-            self.rows.append((name, data.class_names[label], prob, *exit_number))
+            number = len(self.rows)
+            name = names[number] if names else number * trainer.world_size + trainer.global_rank
+            self.rows.append((name, classes[label] if classes else label, prob, *exit_number))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = self.rows

@@ -5,9 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class OwnData(LightningDataModule):
+    """What a user brings along: ordinary loaders, and nothing of what ours have beside them."""
+
+    def loader(self) -> DataLoader:
+        images = torch.randn(60, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(images, torch.arange(60) % 10), batch_size=10)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader()
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader()
+
+    def test_dataloader(self) -> DataLoader:
+        return self.loader()
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.loader()
 
 
 class RanksAgree(Callback):

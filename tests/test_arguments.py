@@ -153,7 +153,11 @@ NULLS = {
         "widths",
         "a value",
     ),
-    "checkpoint.mode": (("-c", "checkpoint:\n  mode:\n"), "checkpoint.mode", "one of 'min', 'max'"),
+    "checkpoint.mode": (
+        ("-c", "checkpoint:\n  mode:\n"),
+        "checkpoint.mode",
+        "one of 'auto', 'min', 'max'",
+    ),
     "checkpoint.select": (("-c", "checkpoint: {select: null}\n"), "checkpoint.select", "one of"),
     "wandb": (("-c", "wandb: {mode: null}\n"), "wandb.mode", "one of 'auto', 'online'"),
     "test_after_fit": (("-c", "wandb: {}\ntest_after_fit:\n"), "test_after_fit", "a bool"),
@@ -193,6 +197,7 @@ CLASSES = [
     for room in ROOMS
     for name in room.__all__
     if inspect.isclass(value := getattr(room, name)) and not inspect.isabstract(value)
+    if not issubclass(value, tuple)  # what functions return, and no YAML names
 ]
 CLASSES += [
     Tracking,

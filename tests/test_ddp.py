@@ -34,6 +34,23 @@ def experiment(folder: Path, method: str, trainer: dict[str, Any]) -> None:
     (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
 
 
+def test_ranks_share_the_images_of_a_users_own_loader(tmp_path: Path) -> None:
+    experiment(tmp_path, "stochastic_depth", FORKED | {"max_epochs": 1})
+    config = yaml.safe_load((tmp_path / "experiment.yaml").read_text())
+    config["data"] = {"class_path": "ddp_probe.OwnData"}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config))
+    status, output = launch.run(COMMAND, tmp_path)
+    assert status == 0, output
+    report = agreement(tmp_path)
+    assert report["num_steps"] == 3
+    assert not any(report["same_images"])
+    status, output = launch.run(["predict", *COMMAND[1:], "--trainer.devices=1"], tmp_path)
+    assert status == 0, output
+    with (tmp_path / "run/predictions.csv").open(newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert [row["image"] for row in predictions] == [str(number) for number in range(60)]
+
+
 def agreement(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run/agreement.json").read_text())
 
