@@ -97,8 +97,6 @@ class LitBranchyNet(MultiExitClassifier):
                 f"exit_loss_weights {weights}: give positive numbers, or zeros for all but the "
                 "last exit to train the trunk alone"
             )
-        if trunk_checkpoint == "":
-            raise ValueError("trunk_checkpoint is empty: give the path of a checkpoint, or null")
         self.exit_loss_weights = weights
         self.trunk_checkpoint = trunk_checkpoint
         if self.trains_trunk_only:
@@ -156,7 +154,7 @@ class LitBranchyNet(MultiExitClassifier):
         self.trunk_checkpoint = None
 
     def on_fit_start(self) -> None:
-        if self.trunk_checkpoint:
+        if self.trunk_checkpoint is not None:
             self.net.load_trunk(read_weights(Path(self.trunk_checkpoint)))
 
 

@@ -113,6 +113,10 @@ class ExperimentCLI(LightningCLI):
                 "trainer.logger and trainer.default_root_dir are the run folder's: "
                 "use --wandb.mode and --run_dir"
             )
+        if init.accumulate_grad_batches < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {init.accumulate_grad_batches}: use 1 or more"
+            )
         method = type(self.model).__module__.rsplit(".", 1)[-1]
         self.run_folder = RunFolder.of(self.config[self.subcommand], method)
         if init.fast_dev_run and self.subcommand == "fit":

@@ -108,6 +108,19 @@ BAD = {
     "logger": ({"trainer__logger": False}, "use --wandb.mode and --run_dir"),
     "seed": ({"seed_everything": -1}, "seed_everything is -1: use 0 to"),
     "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),
+    "negative accumulation": (
+        {"trainer__accumulate_grad_batches": -1},
+        "trainer.accumulate_grad_batches is -1: use 1 or more",
+    ),
+    "negative gamma": (
+        {
+            "model__init_args__lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.ExponentialLR",
+                "init_args": {"gamma": -1.0},
+            }
+        },
+        "gamma of ExponentialLR is -1.0: give a number above 0",
+    ),
     "unknown monitor": (
         {"checkpoint__monitor": "val/f1", "checkpoint__mode": "max"},
         "'val/f1' is not logged; there are: ",

@@ -348,6 +348,13 @@ def test_sweep_needs_shared_bns(tmp_path: Path) -> None:
         trainer.test(module, datamodule=DigitsDataModule(), verbose=False)
 
 
+@pytest.mark.parametrize("num_images", [[], [0], [64, -1]])
+def test_sweep_needs_images(num_images: list[int]) -> None:
+    """Statistics of no images are NaN."""
+    with pytest.raises(ValueError, match="give numbers of 1 or more"):
+        RecalibrationSweep(num_images)
+
+
 def test_without_validation_the_last_checkpoint_is_calibrated(tmp_path: Path) -> None:
     module = LitUniversallySlimmable(network(), eval_widths=[0.5, 1.0])
     callbacks = [BNRecalibration(256), RunCheckpoint(select="last")]

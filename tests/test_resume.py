@@ -105,6 +105,7 @@ def test_killed_after_every_checkpoint(method: str, tmp_path: Path) -> None:
         {"val_check_interval": 3},
         {"limit_val_batches": 0, "val_check_interval": 1.0},
         {"check_val_every_n_epoch": 2},
+        {"check_val_every_n_epoch": None, "val_check_interval": 5},
         {"accumulate_grad_batches": 2},
         {"accumulate_grad_batches": 2, "val_check_interval": 3},
         {"max_steps": 10, "max_epochs": -1},
