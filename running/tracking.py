@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from running import wandb_logger
 from running.environment import environment
 from running.wandb_file import can_be_uploaded
 from running.wandb_logger import FaultTolerantWandbLogger
@@ -151,9 +152,9 @@ def _settings() -> Any:
     import wandb
 
     settings = wandb.Settings(silent=True)
-    # No stable setting. W&B's own interval is 15 seconds, too long for a checkpoint to wait.
-    if hasattr(settings, "x_transaction_log_flush_interval"):
-        settings.x_transaction_log_flush_interval = FLUSH_INTERVAL
+    # W&B's own interval is 15 seconds, too long for a checkpoint to wait.
+    if hasattr(settings, wandb_logger.FLUSH_SETTING):
+        setattr(settings, wandb_logger.FLUSH_SETTING, FLUSH_INTERVAL)
     return settings
 
 

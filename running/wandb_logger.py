@@ -15,6 +15,8 @@ from running.wandb_file import START, read_records
 
 PATIENCE = 60
 """Seconds for which a run that ends waits for W&B."""
+FLUSH_SETTING = "x_transaction_log_flush_interval"
+"""W&B's name for the seconds after which it writes its file; not in every version."""
 FLUSH_PATIENCE = 10
 """Seconds for which a checkpoint waits for W&B."""
 
@@ -66,6 +68,8 @@ class FaultTolerantWandbLogger(WandbLogger):
 
     def _wait_for_file(self) -> None:
         run = self.experiment
+        if not hasattr(run.settings, FLUSH_SETTING):
+            raise NotImplementedError("its version does not tell when it writes")
         last_step = run.step - 1  # W&B's own count of what was logged; raises if W&B has ended
         deadline = time.monotonic() + FLUSH_PATIENCE
         while self.last_step_read < last_step and last_step >= run.starting_step:

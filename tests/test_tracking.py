@@ -9,19 +9,21 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import launch
 import methods
 import pytest
 import torch
-import wandb
 import wandb_file
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
+from wandb.proto.wandb_internal_pb2 import Record
 
 from running import tracking, wandb_logger
 from running.tracking import Tracking, describe_wandb, open_wandb
+from running.wandb_file import read_records
 from running.wandb_logger import FaultTolerantWandbLogger
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
@@ -141,15 +143,17 @@ def logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultTol
     wandb_logger._teardown()
 
 
+@pytest.mark.parametrize("at_end", [False, True])
 def test_flush_returns_when_the_file_holds_all(
-    logger: FaultTolerantWandbLogger, tmp_path: Path
+    at_end: bool, logger: FaultTolerantWandbLogger, tmp_path: Path
 ) -> None:
+    """The end of training, or of the test, waits for the file like a checkpoint."""
     (attempt,) = attempts(tmp_path)
     logger.flush()  # there is nothing to wait for yet
     for step in range(3):
         # More than a block of the file, and a half.
         logger.log_metrics({f"a{i}": 0.1 * i for i in range(1000)}, step)
-        logger.flush()
+        logger.finalize("success") if at_end else logger.flush()
         steps = [row["trainer/global_step"] for row in wandb_file.history(attempt)]
         assert steps == list(range(step + 1))
 
@@ -174,6 +178,36 @@ def test_flush_does_not_wait_for_the_dead(logger: FaultTolerantWandbLogger) -> N
     assert logger.last_step_read == -1  # it did not even look
     with pytest.warns(UserWarning, match="W&B's process has ended"):
         logger.log_metrics({"a": 2}, 1)
+
+
+def test_resumed_run_that_has_logged_nothing_is_not_waited_for() -> None:
+    run = SimpleNamespace(settings=tracking._settings(), step=100, starting_step=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FaultTolerantWandbLogger(experiment=run).flush()
+
+
+@pytest.mark.parametrize("left_in_block", [0, 6, 7, 20])
+def test_records_end_where_a_block_does(left_in_block: int, tmp_path: Path) -> None:
+    size = wandb_file.BLOCK - len(wandb_file.HEADER) - 7 - left_in_block
+    overhead = Record(uuid="a" * size).ByteSize() - size
+    first, second = Record(uuid="a" * (size - overhead)), Record(uuid="b" * 50)
+    content = wandb_file.HEADER + wandb_file.part(1, first.SerializeToString())
+    assert len(content) == wandb_file.BLOCK - left_in_block
+    rest = second.SerializeToString()
+    if left_in_block < 7:
+        content += bytes(left_in_block) + wandb_file.part(1, rest)
+    else:  # as many bytes as fit in, perhaps none
+        cut = left_in_block - 7
+        content += wandb_file.part(2, rest[:cut]) + wandb_file.part(4, rest[cut:])
+    path = tmp_path / "run.wandb"
+    path.write_bytes(content)
+    (_, middle), (_, end) = found = list(read_records(path))
+    assert [record for record, _ in found] == [first, second]
+    assert end == len(content)
+    assert [record for record, _ in read_records(path, middle)] == [second]
+    path.write_bytes(content[:-1] + b"c")  # damaged
+    assert [record for record, _ in read_records(path)] == [first]
 
 
 def test_unreadable_attempts_are_put_aside(
@@ -202,20 +236,18 @@ def test_attempt_in_progress_is_not_put_aside(
     logger: FaultTolerantWandbLogger, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(tracking, "can_be_uploaded", lambda folder: False)
-    before = attempts(tmp_path)
     describe_wandb([logger], tmp_path / "run")
-    assert attempts(tmp_path) == before
+    assert not list(tmp_path.glob("run/wandb/unreadable-*"))
 
 
-def test_wandb_without_the_setting_tracks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OldSettings:
-        __slots__ = ("silent",)
-
-        def __init__(self, silent: bool) -> None:
-            self.silent = silent
-
-    monkeypatch.setattr(wandb, "Settings", OldSettings)
-    assert tracking._settings().silent
+def test_wandb_without_the_setting_is_not_waited_for(
+    logger: FaultTolerantWandbLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_logger, "FLUSH_SETTING", "x_unknown")
+    assert tracking._settings().silent  # W&B would refuse a setting that it does not know
+    logger.log_metrics({"a": 1}, 0)
+    with pytest.warns(UserWarning, match="its version does not tell when it writes"):
+        logger.flush()
 
 
 # --- W&B is away ----------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 BLOCK = 32768
 
 
+def part(kind: int, content: bytes) -> bytes:
+    """Returns what W&B writes: 1 is a whole record, 2 its first part, 4 its last."""
+    return struct.pack("<IHB", zlib.crc32(bytes([kind]) + content), len(content), kind) + content
+
+
 def parts(content: bytes) -> list[tuple[int, bytes]]:
     """Returns the kind and the bytes of every part of a record, blocks being 32 KiB long."""
     found = []
