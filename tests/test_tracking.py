@@ -92,9 +92,17 @@ def test_what_wandb_refuses_stops_before_anything_is_created(
 # --- kills ----------------------------------------------------------------------------------------
 
 
+class WriteSeldom(Callback):
+    """Makes W&B write so seldom that its file does not hold by chance what was logged last."""
+
+    def __init__(self) -> None:
+        if "KILLED_AFTER_SAVE" in os.environ:
+            tracking.FLUSH_INTERVAL = 4.0
+
+
 def test_checkpoint_is_in_wandb_too(tmp_path: Path) -> None:
     """After a kill right behind a save; and all of the CSV history is there in the end."""
-    environment = experiment(tmp_path)
+    environment = experiment(tmp_path, callbacks=[{"class_path": "test_tracking.WriteSeldom"}])
     assert launch.kill_after_save(OFFLINE, tmp_path, environment)
     saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
     assert saved["num_history_rows"] > saved["global_step"] > 0
