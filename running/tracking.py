@@ -4,15 +4,23 @@ import netrc
 import os
 import sys
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from running import wandb_logger
 from running.environment import environment
+from running.wandb_file import can_be_uploaded
 from running.wandb_logger import FaultTolerantWandbLogger
+
+MODES = {"online", "offline", "disabled", "shared", "dryrun", "run"}
+"""What W&B takes for WANDB_MODE."""
+FLUSH_INTERVAL = 0.05
+"""Seconds after which W&B writes what was logged; every checkpoint waits for it."""
 
 
 @dataclass
@@ -24,12 +32,32 @@ class Tracking:
         entity: user or team; None is the default of the account.
         mode: "auto" is online for a user who is logged in and offline for others; it never asks.
         tags: tags of the run.
+
+    Raises:
+        ValueError: W&B would refuse the project or WANDB_MODE.
     """
 
     project: str = "dynamic-networks"
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     tags: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        forbidden = " ".join(character for character in "/\\#?%:" if character in self.project)
+        if forbidden:
+            raise ValueError(
+                f"wandb.project is {self.project!r}: W&B allows no {forbidden} in it (a team is "
+                "given as wandb.entity)"
+            )
+        if len(self.project) > 128:
+            raise ValueError(
+                f"wandb.project has {len(self.project)} characters: W&B allows 128 at most"
+            )
+        mode = os.environ.get("WANDB_MODE")
+        if self.mode != "disabled" and mode is not None and mode not in MODES:
+            raise ValueError(
+                f"WANDB_MODE is {mode!r}: unset it, or set it to online, offline or disabled"
+            )
 
     def resolve_mode(self) -> str:
         """Returns "online", "offline" or "disabled"; WANDB_MODE wins over the others."""
@@ -90,6 +118,7 @@ def _init(
 ) -> Any:
     import wandb  # slow, and not every command tracks
 
+    put_aside_unreadable(folder)
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, a third of its default
     id_file = folder / "wandb_id"
     sweep = current_sweep()
@@ -106,7 +135,7 @@ def _init(
         "entity": tracking.entity,
         "tags": tracking.tags,
         "config": {**config, "environment": environment()},
-        "settings": wandb.Settings(silent=True),
+        "settings": _settings(),
     }
     try:
         run = wandb.init(mode=mode, **options)
@@ -119,8 +148,40 @@ def _init(
     return run
 
 
+def _settings() -> Any:
+    import wandb
+
+    settings = wandb.Settings(silent=True)
+    # W&B's own interval is 15 seconds, too long for a checkpoint to wait.
+    if hasattr(settings, wandb_logger.FLUSH_SETTING):
+        setattr(settings, wandb_logger.FLUSH_SETTING, FLUSH_INTERVAL)
+    return settings
+
+
+def put_aside_unreadable(folder: Path, but: Collection[str] = ()) -> None:
+    """Renames what attempts have left that were killed before W&B wrote down which run it is.
+
+    One such folder, and `wandb sync` uploads none of those that it is given.
+
+    Args:
+        folder: of the run.
+        but: names of those to leave alone, since an attempt still writes there.
+    """
+    for path in sorted((folder / "wandb").glob("offline-run-*")):
+        if path.name not in but and not can_be_uploaded(path):
+            aside = path.with_name(path.name.replace("offline", "unreadable", 1))
+            path.rename(aside)
+            print(
+                f"W&B: {path} holds nothing to upload, as its attempt was killed too early: "
+                f"renamed to {aside.name}",
+                file=sys.stderr,
+            )
+
+
 def describe_wandb(loggers: list[Logger], folder: Path) -> list[str]:
     """Returns a line that says how to look at the run in W&B; none if it is not tracked."""
-    runs = (logger.experiment for logger in loggers if isinstance(logger, WandbLogger))
-    urls = (None if run.offline else run.url for run in runs)
+    trackers = [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
+    writing = [Path(one.experiment.settings.sync_dir).name for one in trackers if not one.is_lost]
+    put_aside_unreadable(folder, but=writing)
+    urls = (None if one.experiment.offline else one.experiment.url for one in trackers)
     return [f"W&B: {url or f'wandb sync {folder}/wandb/offline-run-*'}" for url in urls]

@@ -2,15 +2,23 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from running.wandb_file import START, read_records
+
 PATIENCE = 60
 """Seconds for which a run that ends waits for W&B."""
+FLUSH_SETTING = "x_transaction_log_flush_interval"
+"""W&B's name for the seconds after which it writes its file; not in every version."""
+FLUSH_PATIENCE = 10
+"""Seconds for which a checkpoint waits for W&B."""
 
 
 class FaultTolerantWandbLogger(WandbLogger):
@@ -21,6 +29,9 @@ class FaultTolerantWandbLogger(WandbLogger):
     """
 
     is_lost = False
+    can_flush = True
+    num_bytes_read = START
+    last_step_read = -1
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -38,9 +49,44 @@ class FaultTolerantWandbLogger(WandbLogger):
             self._close()
 
     @rank_zero_only
+    def flush(self) -> None:
+        """Returns when W&B's file holds all that was logged: from then on no kill can undo it.
+
+        If W&B does not write it within `FLUSH_PATIENCE`, the run goes on with a warning, and later
+        calls return at once.
+        """
+        if self.is_lost or not self.can_flush:
+            return
+        try:
+            self._wait_for_file()
+        except Exception as error:  # whatever it is, a checkpoint has to be saved
+            self.can_flush = False
+            rank_zero_warn(
+                f"W&B does not confirm what it has written ({error or type(error).__name__}): if "
+                "this attempt is killed, its last seconds may be missing in W&B, not in metrics.csv"
+            )
+
+    def _wait_for_file(self) -> None:
+        run = self.experiment
+        if not hasattr(run.settings, FLUSH_SETTING):
+            raise NotImplementedError("its version does not tell when it writes")
+        last_step = run.step - 1  # W&B's own count of what was logged; raises if W&B has ended
+        deadline = time.monotonic() + FLUSH_PATIENCE
+        while self.last_step_read < last_step and last_step >= run.starting_step:
+            for record, end in read_records(Path(run.settings.sync_file), self.num_bytes_read):
+                self.num_bytes_read = end
+                if record.HasField("history"):
+                    self.last_step_read = record.history.step.num
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it has not within {FLUSH_PATIENCE} s")
+            time.sleep(0.002)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        if status != "success":
+        if status == "success":
+            self.flush()
+        else:
             self._close()
 
     def _close(self) -> None:

@@ -1,7 +1,6 @@
 """The front door: what it refuses, in one line, and what it does with a run folder."""
 
 import ast
-import contextlib
 import csv
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ import methods
 import pytest
 import torch
 import yaml
-from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
@@ -641,96 +639,6 @@ def test_foreign_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
         assert_one_line(*launch.run(command, tmp_path), "last.ckpt is not a checkpoint of tensors")
     assert not (tmp_path / "executed").exists()
     assert (tmp_path / "run/best.ckpt").exists()
-
-
-def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
-    experiment(tmp_path, trainer__max_epochs=2)
-    # Nobody is logged in at that home, and the id is not of a sweep.
-    environment = {
-        "WANDB_MODE": None,
-        "WANDB_API_KEY": None,
-        "HOME": str(tmp_path),
-        "WANDB_RUN_ID": "stray",
-    }
-    last = tmp_path / "run/last.ckpt"
-    command = [*COMMAND, "--wandb.mode=offline", "--wandb.project=p", "--wandb.tags=[a]"]
-    assert launch.kill_when(last.exists, command, tmp_path, environment)
-    status, output = launch.run(command, tmp_path, environment)
-    assert status == 0, output
-    assert "wandb sync run/wandb/offline-run-*" in output
-    identity = (tmp_path / "run/wandb_id").read_text()
-    assert identity != "stray"
-    attempts = list((tmp_path / "run/wandb").glob("offline-run-*"))
-    assert len(attempts) == 2
-    assert all(attempt.name.endswith(identity) for attempt in attempts)
-
-
-def test_unreachable_wandb_is_no_obstacle(tmp_path: Path) -> None:
-    experiment(tmp_path)
-    environment = {
-        "WANDB_MODE": None,
-        "WANDB_API_KEY": "0123456789" * 4,
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_INIT_TIMEOUT": "2",
-        "HOME": str(tmp_path),
-    }
-    status, output = launch.run(COMMAND, tmp_path, environment)
-    assert status == 0, output
-    assert "W&B refused or was not reached, so it tracks offline" in output
-    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
-
-
-class WarnSelf(Callback):
-    """Is sent SIGTERM in the fourth step."""
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class KillWandb(Callback):
-    """Ends W&B's own process, as a scheduler would, while the fourth step is computed."""
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 3:
-            (pid,) = filter(is_wandb, children())
-            os.kill(int(pid), signal.SIGTERM)
-            while is_wandb(pid):
-                time.sleep(0.01)
-
-
-def children() -> list[str]:
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            found += (task / "children").read_text().split()
-    return found
-
-
-def is_wandb(pid: str) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        _, name, state, *_ = Path(f"/proc/{pid}/stat").read_text().split()
-        return name == "(wandb-core)" and state != "Z"
-    return False
-
-
-@pytest.mark.parametrize("warned", [False, True])
-def test_run_outlives_wandb(warned: bool, tmp_path: Path) -> None:
-    callbacks = [{"class_path": "test_cli.KillWandb"}]
-    if warned:
-        callbacks.append({"class_path": "test_cli.WarnSelf"})
-    experiment(tmp_path, trainer__callbacks=callbacks, trainer__log_every_n_steps=1)
-    environment = {"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path)}
-    status, output = launch.run([*COMMAND, "--wandb.mode=offline"], tmp_path, environment)
-    assert status == (143 if warned else 0), output
-    assert "Traceback" not in output
-    assert warned or "W&B's process has ended" in output
-    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == (4 if warned else 7)
 
 
 @pytest.mark.slow
