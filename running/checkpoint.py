@@ -15,6 +15,7 @@ import preemption
 from lightning_modules import accuracy_name
 from networks import check_choice
 from running.history import CSVHistory
+from running.wandb_logger import FaultTolerantWandbLogger
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -85,6 +86,10 @@ class RunCheckpoint(Checkpoint):
         return path
 
     def save(self, trainer: Trainer, name: str) -> None:
+        # What a checkpoint knows of is not logged again by a run that goes on from it.
+        for logger in trainer.loggers:
+            if isinstance(logger, FaultTolerantWandbLogger):
+                logger.flush()
         if name == LAST:
             self.saved_step = trainer.global_step
             self.keep_previous(trainer)

@@ -526,7 +526,8 @@ def test_wrong_number_of_processes_under_slurm_is_refused(tmp_path: Path) -> Non
     """One task that asks for two devices would train with half the images per step."""
     folder = write(tmp_path / "folder", methods.config("resnet"))
     command = [*COMMAND, "--trainer.devices=2"]
-    status, output = launch.run(command, folder, launch.QUIET | SLURM)
+    rank = dict.fromkeys(("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID"), "0")
+    status, output = launch.run(command, folder, launch.QUIET | SLURM | rank)
     assert status == 2
     assert "SLURM started 1 tasks for 2 processes" in output
     assert "--ntasks-per-node as many as trainer.devices" in output

@@ -105,7 +105,7 @@ def test_checkpoint_is_in_wandb_too(tmp_path: Path) -> None:
     environment = experiment(tmp_path, callbacks=[{"class_path": "test_tracking.WriteSeldom"}])
     assert launch.kill_after_save(OFFLINE, tmp_path, environment)
     saved = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
-    assert saved["num_history_rows"] > saved["global_step"] > 0
+    assert saved["run"]["num_history_rows"] > saved["global_step"] > 0
     assert logged_to_csv(tmp_path) <= logged_to_wandb(tmp_path)
     status, output = launch.run(OFFLINE, tmp_path, environment)
     assert status == 0, output
