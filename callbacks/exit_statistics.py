@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.outlets import Column, Table, log_metrics, log_panels, result_path
+from callbacks.outlets import Column, Table, log_metrics, log_panels
 from callbacks.sampled_images import SampledTestImages
 from networks import TIMED_BATCH_SIZE, early_exit, exits_taken, run_to_exit, time_points
 
@@ -32,7 +32,7 @@ class ExitStatistics(SampledTestImages):
     After every validation, to every logger, for the thresholds that the module prefers:
     `exits/share_<exit>` (of the images that leave there), `exits/acc_<exit>` (their accuracy) and
     `exits/entropy_<exit>` (mean over all images). After the test that follows a fit, in the run
-    folder and W&B (otherwise in files whose names end in `_again`, see `callbacks.outlets`):
+    folder and W&B (otherwise in files whose names end in `_again`, see `SampledTestImages`):
 
         exits.csv            share and accuracy of those who leave at each exit, by operating point
         exit_entropy.csv     histogram of the entropy (natural logarithm) at each exit
@@ -97,7 +97,7 @@ class ExitStatistics(SampledTestImages):
             "exit_speed": Table(SPEED, speed),
         }
         for name, table in tables.items():
-            table.write(result_path(trainer, name))
+            table.write(self.path(trainer, name))
         tables["exit_speed"].show("early exit, one image at a time")
         log_panels(trainer, lambda wandb: panels(wandb, names, curve, curve_speed, histogram))
 

@@ -92,16 +92,3 @@ def log_panels(trainer: Trainer, make: Callable[[Any], Mapping[str, Any]]) -> No
             import wandb
 
             logger.log_metrics(make(wandb))
-
-
-def is_result(trainer: Trainer) -> bool:
-    """Tells whether the test at hand is the result of a run: after its fit, on all test images."""
-    limit = trainer.limit_test_batches
-    has_fit = trainer.fit_loop.epoch_progress.total.ready > 0
-    return has_fit and isinstance(limit, float) and limit == 1.0
-
-
-def result_path(trainer: Trainer, name: str) -> Path:
-    """Returns the path of a CSV file in the run folder; `<name>_again` unless it is a result."""
-    suffix = "" if is_result(trainer) else "_again"
-    return Path(trainer.default_root_dir, f"{name}{suffix}.csv")

@@ -1,6 +1,7 @@
 """The images that callbacks measure costs with."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ class SampledTestImages(Callback):
 
     Args:
         num_images: how many at most.
+
+    Attributes:
+        again: whether the run folder has, or awaits, a result that this test is not, so that the
+            files have names that end in `_again`; set by who runs the test.
     """
+
+    again = False
 
     def __init__(self, num_images: int):
         self.num_images = num_images
@@ -37,6 +44,10 @@ class SampledTestImages(Callback):
         images, share = batch[0], math.ceil(self.num_images / trainer.num_test_batches[0])
         # A copy, which does not keep the rest of the batch in memory.
         self._samples.append(images[:: max(1, len(images) // share)][:share].clone())
+
+    def path(self, trainer: Trainer, name: str) -> Path:
+        """Returns the path of a CSV file in the run folder."""
+        return Path(trainer.default_root_dir, f"{name}{'_again' if self.again else ''}.csv")
 
     def take_images(self) -> Tensor:
         """Returns the images, (N, C, H, W), in random order, and forgets them."""

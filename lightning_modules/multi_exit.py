@@ -242,7 +242,7 @@ class MultiExitClassifier(ImageClassifier):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | tuple[Tensor, Tensor]:
         """Leaves early; returns class probabilities (N, num_classes) and exits (N,), from 1.
 
-        The thresholds are those given, else those the method prefers; without any, the last exit
+        The thresholds are those given, or those the method prefers. Without any, the last exit
         answers and the exits are not returned.
         """
         if not self.exit_thresholds:

@@ -148,7 +148,7 @@ class RunCheckpoint(Checkpoint):
             if trainer.strategy.broadcast(self.improved(trainer)):
                 self.save(trainer, BEST)
             # After a part of a step there are gradients, which no checkpoint holds. Where training
-            # stops, the end of the epoch saves: who goes on from there is not asked to stop again.
+            # stops, the end of the epoch saves: a run that went on from here would skip it.
             stops = trainer.should_stop and not is_time_over(trainer)
             if self.is_step_whole and not stops:
                 self.save(trainer, LAST)

@@ -26,14 +26,14 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.distributed import DistError
 
 import preemption
-from callbacks import is_result, result_path
+from callbacks import SampledTestImages
 from lightning_modules import ImageClassifier
 from running.arguments import StrictParser
 from running.checkpoint import RunCheckpoint, is_time_over
 from running.checkpoint_io import AtomicCheckpointIO
 from running.folder import RunFolder, check_evaluated
 from running.predictions import PredictionWriter
-from running.result import NAME, RESULT, OperatingPoints, show_points
+from running.result import AGAIN, RESULT, OperatingPoints, show_points
 from running.tracking import Tracking
 
 # Mistakes of a user, each told in one line. Anything else is ours and shows its traceback.
@@ -194,13 +194,14 @@ class ExperimentCLI(LightningCLI):
         if is_time_over(trainer):
             rank_zero_info("trainer.max_time is over: repeat the command to go on")
             return
+        # A test of some batches is no result.
+        is_result = (
+            isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
+        )
         if test:
-            selected = self.checkpoint.selected(trainer)
-            trainer.test(self.model, self.datamodule, ckpt_path=selected, verbose=False)
-        folder.mark_finished(trainer, tested=test and is_result(trainer))
+            self.run_test(self.checkpoint.selected(trainer), again=not is_result)
+        folder.mark_finished(trainer, tested=test and is_result)
         if trainer.is_global_zero:
-            if test:
-                show_points(result_path(trainer, NAME))
             print(folder.describe(trainer.loggers))
         # Ranks with nothing to write wait here: a scheduler may give the last process little time.
         trainer.strategy.barrier()
@@ -229,10 +230,16 @@ class ExperimentCLI(LightningCLI):
 
     def test(self, ckpt_path: str | None) -> None:
         """Prints the operating points, and writes them to `operating_points_again.csv`."""
-        path = self.trained(ckpt_path)
-        self.trainer.test(self.model, self.datamodule, ckpt_path=path, verbose=False)
+        self.run_test(self.trained(ckpt_path), again=True)
+
+    def run_test(self, checkpoint: Path, again: bool) -> None:
+        """Tests a checkpoint and prints its operating points; see `SampledTestImages.again`."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, SampledTestImages):
+                callback.again = again
+        self.trainer.test(self.model, self.datamodule, ckpt_path=checkpoint, verbose=False)
         if self.trainer.is_global_zero:
-            show_points(result_path(self.trainer, NAME))
+            show_points(self.run_folder.path / (AGAIN if again else RESULT))
 
     def predict(self, ckpt_path: str | None) -> None:
         """Writes `predictions.csv`."""

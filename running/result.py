@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
-from callbacks import Column, SampledTestImages, Table, log_panels, result_path
+from callbacks import Column, SampledTestImages, Table, log_panels
 from lightning_modules import accuracy_name
 from networks import NUM_TIMED_ROUNDS, TIMED_BATCH_SIZE, time_points
 
 NAME = "operating_points"
-RESULT = f"{NAME}.csv"
+RESULT, AGAIN = f"{NAME}.csv", f"{NAME}_again.csv"
 COLUMNS = (
     Column("name", "name"),
     Column("test_acc", "test accuracy", ".2%"),
@@ -24,9 +24,9 @@ COLUMNS = (
 class OperatingPoints(SampledTestImages):
     """After a test, measures every operating point of the module and tells it everywhere.
 
-    Writes `operating_points.csv` in the run folder, or `operating_points_again.csv` if the test is
-    not the result of the run (see `callbacks.outlets`), and logs a W&B table. `show_points` prints
-    either. Time is that of batches of 64 images.
+    Writes `operating_points.csv` in the run folder, or `operating_points_again.csv` (see
+    `SampledTestImages`), and logs a W&B table. `show_points` prints either. Time is that of batches
+    of 64 images.
 
     Reads of the module: `operating_points()`, `costs()`, and the accuracies that it logs.
     """
@@ -50,7 +50,7 @@ class OperatingPoints(SampledTestImages):
             macs, params = costs[name]
             rows.append((name, accuracy, round(macs), params, milliseconds[name]))
         table = Table(COLUMNS, rows)
-        table.write(result_path(trainer, NAME))
+        table.write(self.path(trainer, NAME))
         log_panels(trainer, lambda wandb: panels(wandb, table))
 
 

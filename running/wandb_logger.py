@@ -90,7 +90,7 @@ class FaultTolerantWandbLogger(WandbLogger):
             self._close()
 
     def _close(self) -> None:
-        """Ends W&B's process, else its loss would be told at the exit of ours.
+        """Ends W&B's process. Otherwise its loss would be told when ours ends.
 
         A scheduler does not wait for what it cannot upload: neither do we, for long.
         """

@@ -326,6 +326,8 @@ def test_testing_again_leaves_the_statistics_of_the_fit(trained, tmp_path: Path)
     folder, _ = trained
     fresh = LitBranchyNet(network(), exit_thresholds=[2.0, 2.0])
     trainer = make_trainer(tmp_path)
+    for callback in trainer.callbacks:
+        callback.again = True  # as the command `test` does
     trainer.test(
         fresh, datamodule=DigitsDataModule(), ckpt_path=folder / "last.ckpt", verbose=False
     )
@@ -351,7 +353,7 @@ def test_trunk_alone_uses_no_thresholds_of_others(trained, tmp_path: Path) -> No
     trunk = LitBranchyNet(network(), exit_loss_weights=[0, 0, 1])
     arguments = {"datamodule": data, "ckpt_path": folder / "last.ckpt"}
     make_trainer(tmp_path).test(trunk, **arguments, verbose=False)
-    (point,) = rows(tmp_path / "operating_points_again.csv")
+    (point,) = rows(tmp_path / "operating_points.csv")
     assert point["name"] == "full"
     make_trainer(tmp_path).predict(trunk, **arguments)
     assert "exit" not in rows(tmp_path / "predictions.csv")[0]

@@ -190,7 +190,7 @@ def test_budget_picks_thresholds(unit: str, trained, tmp_path: Path, monkeypatch
     best = max((mean, index) for index, mean in means.items() if mean <= budget)[1]
     assert module.exit_thresholds["adaptive"] == before.exit_curve[best]
     assert list(module.exit_thresholds) == ["adaptive", *BUDGETS]
-    (row,) = [r for r in read(tmp_path / "operating_points_again.csv") if r["name"] == "adaptive"]
+    (row,) = [r for r in read(tmp_path / "operating_points.csv") if r["name"] == "adaptive"]
     probabilities, labels = outputs_of(before, "test")
     taken = torch.tensor(leave(probabilities.max(2).values, before.exit_curve[best]))
     answers = probabilities[torch.arange(len(labels)), taken].argmax(1)

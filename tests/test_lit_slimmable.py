@@ -235,7 +235,7 @@ def test_statistics_of_a_fit_are_those_of_training_images(trained) -> None:
 def test_widths_are_operating_points(trained) -> None:
     folder, module = trained
     images, labels = (torch.cat(column) for column in zip(*all_test_batches(), strict=True))
-    with (folder / "operating_points_again.csv").open(newline="") as file:
+    with (folder / "operating_points.csv").open(newline="") as file:
         points = {row["name"]: row for row in csv.DictReader(file)}
     assert list(points) == ["w0.25", "w0.6", "full"]
     for name, width in (("w0.25", 0.25), ("w0.6", 0.6), ("full", 1.0)):

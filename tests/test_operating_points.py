@@ -51,7 +51,7 @@ def test_every_point_is_measured(precision: str, tmp_path: Path) -> None:
     )
     data = DigitsDataModule()
     trainer.test(module, datamodule=data, verbose=False)
-    lines = (tmp_path / "operating_points_again.csv").read_text().splitlines()
+    lines = (tmp_path / "operating_points.csv").read_text().splitlines()
     assert lines[0] == "name,test_acc,macs,params,ms_per_image"
     points = {line.split(",")[0]: line.split(",")[1:] for line in lines[1:]}
     assert [int(points[name][1]) for name in ("full", "w0.25")] == [10240, 2560]
