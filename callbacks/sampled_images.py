@@ -41,7 +41,8 @@ class SampledTestImages(Callback):
             return
         if batch_idx == 0:
             self._samples = []
-        images, share = batch[0], math.ceil(self.num_images / trainer.num_test_batches[0])
+        images = batch[0]
+        share = max(1, math.ceil(self.num_images / trainer.num_test_batches[0]))
         # A copy, which does not keep the rest of the batch in memory.
         self._samples.append(images[:: max(1, len(images) // share)][:share].clone())
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from archive import is_intact
 from datamodules.image_files import decode, list_classes, list_labelled
 
 
@@ -73,6 +74,8 @@ def _decode_all(paths: Sequence[str]) -> Tensor:
 
 def _load(cache: Path, fingerprint: str) -> dict | None:
     """Returns the content of the cache, or None if it is missing, damaged or out of date."""
+    if not is_intact(cache):
+        return None
     try:
         content = torch.load(cache, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):

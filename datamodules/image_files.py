@@ -131,7 +131,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE, (16,))
         pixels = np.asarray(image)
         low, high = pixels.min(), pixels.max()
-        if bits[0] < 16 or low < 0 or high > 65535:
+        if bits[0] != 16 or low < 0 or high > 65535:
             raise ValueError(f"its pixels, from {low} to {high}, are not of 16 bits")
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if "transparency" in image.info:

@@ -133,11 +133,15 @@ class ImageClassifier(pl.LightningModule):
         if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
             return None
         steps = trainer.estimated_stepping_batches
+        if steps == -1:  # of data whose length is not known
+            return None
         if self.lr_interval == "step" or math.isinf(steps):
             return steps
         trainer.fit_loop.setup_data()  # which knows the number of batches
-        batches_per_step = trainer.accumulate_grad_batches
-        return math.ceil(steps / math.ceil(trainer.num_training_batches / batches_per_step))
+        steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        if not 0 < steps_per_epoch < math.inf:
+            return None
+        return math.ceil(steps / math.ceil(steps_per_epoch))
 
     def batches_in_step(self, batch_idx: int) -> int:
         """Returns how many batches are accumulated in the optimizer step that a batch is part of.
@@ -184,6 +188,10 @@ class ImageClassifier(pl.LightningModule):
             self.refuse_loss(loss)
 
     def refuse_loss(self, loss: Tensor) -> None:
+        if not self.is_fitting:
+            raise FloatingPointError(
+                f"the loss is {loss.item()}: check the weights of the checkpoint and the images"
+            )
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): "
             "stopped, the last good checkpoint is kept; lower the learning rate and pass another "
@@ -304,8 +312,8 @@ class ImageClassifier(pl.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Every rank comes here, and rank 0 writes. It keeps the sums of each rank, as rounding
-        # depends on the order in which they are added.
+        # Every rank comes here, and rank 0 writes. The sums of the ranks are kept apart: added in
+        # another order they would round differently.
         sums = {
             f"{name}.{key}": value.cpu().clone()
             for name in ("train_loss", "train_acc")
@@ -321,7 +329,7 @@ class ImageClassifier(pl.LightningModule):
         self.check_same_network(checkpoint["state_dict"])
         if not self.is_fitting:
             return
-        ranks = checkpoint["train_metrics"]
+        ranks = checkpoint.get("train_metrics", [{}])
         if len(ranks) == self.trainer.world_size:
             sums = ranks[self.global_rank]
         elif self.global_rank == 0:

@@ -8,6 +8,7 @@ Differences from the released code:
     * Thresholds are screened on validation data; the released code screens on the test set.
 """
 
+import contextlib
 import math
 import pickle
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from archive import is_intact
 from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory
 from lightning_modules.metrics import FULL
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
@@ -169,14 +171,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"no trunk checkpoint {path}: train the trunk first, or correct trunk_checkpoint"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        content = None
+    content = None
+    if is_intact(path):
+        with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain data: correct trunk_checkpoint"
+            f"{path} is not a checkpoint of tensors and plain data, or is damaged: correct "
+            "trunk_checkpoint"
         )
     return {
         key.removeprefix("net."): value for key, value in weights.items() if key.startswith("net.")

@@ -69,9 +69,8 @@ class LinearDecayLR(LambdaLR):
         there, here = state_dict["length"], self.length
         if there != here:
             raise ValueError(
-                f"the learning rate falls to 0 in {there} there and in {here} here, since the "
-                "length of the training has changed: pass another --run_dir, or set the length of "
-                f"LinearDecayLR to {there}"
+                f"the length of LinearDecayLR was {there} in this run, and is {here} now: pass "
+                f"another --run_dir, or set it to {there}"
             )
         super().load_state_dict(state_dict)
 
@@ -109,13 +108,13 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
             )
         scheduler.length = int(training_length)
     last_change, is_exact = _last_change(scheduler)
-    if last_change is None or training_length is None:
+    if last_change is None or training_length is None or math.isinf(training_length):
         return
     is_late = last_change >= training_length if milestones else last_change > training_length
     if is_late or (is_exact and last_change != training_length):
         rank_zero_warn(
-            f"{name} changes the rate until {interval} {last_change} and the training has "
-            f"{training_length}: set one by the other"
+            f"{name} changes the rate until {interval} {last_change}, and the training ends after "
+            f"{training_length}: change one of the two numbers"
         )
 
 

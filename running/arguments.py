@@ -101,6 +101,33 @@ class StrictParser(LightningArgumentParser):
         return True
 
 
+def check_trainer(init: Namespace) -> None:
+    """Raises ValueError for arguments of the Trainer that it takes, and that train nothing good."""
+    least = {
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "gradient_clip_val": 0,
+        "log_every_n_steps": 1,
+    }
+    for name, limit in least.items():
+        value = init[name]
+        if value is not None and value < limit:
+            raise ValueError(f"trainer.{name} is {value}: use {limit} or more")
+    if init.devices is None:
+        raise ValueError("trainer.devices is null: give a number, or auto")
+    interval = init.val_check_interval
+    if interval is not None and not (isinstance(interval, int | float) and interval > 0):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}: give a number of batches, or a share of an "
+            "epoch; after a time, a run that goes on would validate elsewhere"
+        )
+    if str(init.precision) in ("16-true", "bf16-true", "64-true", "64", "transformer-engine"):
+        raise ValueError(
+            f"trainer.precision is {init.precision}, and images and metrics are of 32 bits: use "
+            "32-true, 16-mixed or bf16-mixed"
+        )
+
+
 def refuse_empty(args: Sequence[str]) -> None:
     """Refuses ``--run_dir=`` and ``--run_dir ""`` on a command line.
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ PREVIOUS = "previous.ckpt"
 Select = Literal["best", "last"]
 Mode = Literal["auto", "min", "max"]
 FORMAT = 2
-"""Of what a checkpoint holds beside Lightning's part; a run of another format does not go on."""
+"""Version of what a checkpoint holds beside Lightning's part; another version does not go on."""
+TIME_IS_OVER = 1
+"""A reason to leave, beside the numbers of the warnings."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -38,7 +41,7 @@ class RunCheckpoint(Checkpoint):
 
     A scheduler's warning (see `preemption`) on any rank makes all ranks save after the optimizer
     step they are in, or the validation that follows it, and leave with `preemption.Preempted`. When
-    `trainer.max_time` is over they do the same, and leave with `preemption.TimeIsOver`.
+    the timer says that time is over they do the same, and leave with `preemption.TimeIsOver`.
 
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
@@ -46,6 +49,11 @@ class RunCheckpoint(Checkpoint):
         mode: whether the best is the "min" or the "max"; "auto": the least loss, the highest
             accuracy.
         every_n_steps: optimizer steps between two saves within an epoch.
+
+    Attributes:
+        timer: tells when time is over. It is asked here, and is no callback of the trainer: that
+            would end the epoch early, and a run that goes on would begin with the next one.
+        on_begin: called on all ranks when nothing can be refused any more.
 
     Raises:
         ValueError: `every_n_steps` is below 1, the monitored metric is never logged, or "auto" does
@@ -71,6 +79,9 @@ class RunCheckpoint(Checkpoint):
         self.saved_step = 0
         self.is_step_whole = True
         self.restored: dict[str, Any] | None = None
+        self.timer = Timer()
+        self.on_begin: Callable[[], None] = lambda: None
+        self.has_begun = False
 
     def path(self, trainer: Trainer, name: str) -> Path:
         return Path(trainer.default_root_dir, name)
@@ -132,15 +143,11 @@ class RunCheckpoint(Checkpoint):
         self.is_step_whole = pl_module.ends_step(batch_idx)
         if not self.is_step_whole or _hands_over(trainer, batch_idx):
             return
-        warning = agree_on_warning(trainer)
-        # Lightning would end the epoch here, and a resumed run would begin with the next one.
-        time_is_over = trainer.should_stop and is_time_over(trainer)
-        due = warning or time_is_over or trainer.global_step % self.every_n_steps == 0
+        reason = self.reason_to_leave(trainer)
+        due = reason or trainer.global_step % self.every_n_steps == 0
         if due and trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
-        leave_if(warning, trainer)
-        if time_is_over:
-            raise preemption.TimeIsOver(preemption.GOES_ON)
+        leave_for(reason, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -149,15 +156,20 @@ class RunCheckpoint(Checkpoint):
                 self.save(trainer, BEST)
             # After a part of a step there are gradients, which no checkpoint holds. Where training
             # stops, the end of the epoch saves: a run that went on from here would skip it.
-            stops = trainer.should_stop and not is_time_over(trainer)
-            if self.is_step_whole and not stops:
+            if self.is_step_whole and not trainer.should_stop:
                 self.save(trainer, LAST)
-                leave_if(agree_on_warning(trainer), trainer)
+                leave_for(self.reason_to_leave(trainer), trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self.saved_step:
             self.save(trainer, LAST)
-            leave_if(agree_on_warning(trainer), trainer)
+            leave_for(self.reason_to_leave(trainer), trainer)
+
+    def reason_to_leave(self, trainer: Trainer) -> int:
+        """Returns a warning that any rank has got, `TIME_IS_OVER`, or 0; the same on all ranks."""
+        seconds = self.timer.time_remaining()
+        is_over = seconds is not None and seconds <= 0
+        return max_over_ranks(preemption.received() or is_over * TIME_IS_OVER, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.restored is not None:
@@ -166,15 +178,31 @@ class RunCheckpoint(Checkpoint):
             metrics = self.restored["callback_metrics"]
             trainer._logger_connector._callback_metrics.update(metrics)
             trainer.accumulate_grad_batches = self.restored["accumulate_grad_batches"]
+            if not self.path(trainer, BEST).exists():
+                self.best_score = None  # that of another folder, from where this run goes on
         step = trainer.global_step
         if max_over_ranks(step, trainer) != -max_over_ranks(-step, trainer):
             raise ValueError(
                 f"not all processes of this run see {self.path(trainer, LAST)}: pass a --run_dir "
                 "that all nodes share"
             )
+        self.begin(trainer)
+        self.timer.on_train_start(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.has_begun:  # as there was nothing left to train
+            self.begin(trainer)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Forgets what was logged after the checkpoint: it will be logged again."""
+        self.has_begun = True
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVHistory) and self.restored is not None:
+                logger.truncate(self.restored["num_history_rows"])
+        self.on_begin()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        leave_if(agree_on_warning(trainer), trainer)
+        leave_for(max_over_ranks(preemption.received(), trainer), trainer)
 
     def improved(self, trainer: Trainer) -> bool:
         if self.monitor not in trainer.callback_metrics:
@@ -211,7 +239,7 @@ class RunCheckpoint(Checkpoint):
             "images_per_step": images_per_step(trainer.datamodule, trainer),
             "num_history_rows": histories[0].num_rows if histories else 0,
             "callback_metrics": {name: value.detach().cpu().clone() for name, value in metrics},
-            "should_stop": trainer.should_stop and not is_time_over(trainer),
+            "should_stop": trainer.should_stop,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
 
@@ -226,18 +254,14 @@ class RunCheckpoint(Checkpoint):
         run = checkpoint.get("run", {})
         if run.get("format") != FORMAT:
             raise ValueError(
-                "the checkpoint is of another version of this project, which may go on otherwise: "
-                "use that version (attempts.yaml names its commit), or pass another --run_dir"
+                "the checkpoint was written by another version of this project, which may continue "
+                "differently: use that version (attempts.yaml names its commit), or pass another "
+                "--run_dir"
             )
         check_images_per_step(run["images_per_step"], trainer.datamodule, trainer)
         self.restored = run
         trainer.should_stop = run["should_stop"]
-        # max_time limits an attempt; the Timer would count those before it.
-        checkpoint["callbacks"].pop("Timer", None)
         self.saved_step = checkpoint["global_step"]
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVHistory):
-                logger.truncate(run["num_history_rows"])
 
 
 def images_per_step(data: LightningDataModule | None, trainer: Trainer) -> int | None:
@@ -261,8 +285,8 @@ def check_images_per_step(
         return
     fitting, odd = divmod(there, trainer.world_size)
     raise ValueError(
-        f"the run was trained with {there} images in a batch of all processes, and here are "
-        f"{here}: "
+        f"the run was trained with {there} images per step (batch_size times processes), and this "
+        f"command has {here}: "
         + ("use another number of processes" if odd else f"set batch_size to {fitting}")
         + ", or pass another --run_dir"
     )
@@ -292,31 +316,21 @@ def max_over_ranks(number: int, trainer: Trainer) -> int:
     return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
-def is_time_over(trainer: Trainer) -> bool:
-    """Tells whether `trainer.max_time` has passed."""
-    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))
-    left = [timer.time_remaining() for timer in timers]  # None of one without a limit
-    return any(seconds is not None and seconds <= 0 for seconds in left)
-
-
-def agree_on_warning(trainer: Trainer) -> int:
-    """Returns the same warning on all ranks, 0 if none of them has got one."""
-    return max_over_ranks(preemption.received(), trainer)
-
-
-def leave_if(warning: int, trainer: Trainer) -> None:
-    """Raises Preempted if there is a warning, on which all ranks have agreed."""
-    if warning:
+def leave_for(reason: int, trainer: Trainer) -> None:
+    """Raises TimeIsOver or Preempted for a reason on which all ranks have agreed; 0 is none."""
+    if reason == TIME_IS_OVER:
+        raise preemption.TimeIsOver(preemption.GOES_ON)
+    if reason:
         # Otherwise Lightning would kill this process as soon as one that it has started is gone.
         getattr(trainer.strategy.launcher, "procs", []).clear()
-        raise preemption.Preempted(warning)
+        raise preemption.Preempted(reason)
 
 
 def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
     """Tells whether validation, or the end of the epoch or of the run, follows this batch.
 
-    Their checkpoints come soon. One in between is no place to go on from: Lightning would take what
-    follows for done.
+    Their checkpoints come soon. A run cannot go on from one in between: Lightning would skip what
+    follows.
     """
     period = trainer.val_check_batch
     by_epoch = trainer.check_val_every_n_epoch is not None

@@ -1,6 +1,5 @@
 """The command line: fit, validate, test and predict, each in the folder of a run."""
 
-import contextlib
 import logging
 import os
 import re
@@ -9,15 +8,19 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.callbacks import (
     LearningRateMonitor,
+    ProgressBar,
     RichProgressBar,
     StochasticWeightAveraging,
+    Timer,
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -28,10 +31,10 @@ from torch.distributed import DistError
 import preemption
 from callbacks import SampledTestImages
 from lightning_modules import ImageClassifier
-from running.arguments import StrictParser
-from running.checkpoint import RunCheckpoint, is_time_over
+from running.arguments import StrictParser, check_trainer
+from running.checkpoint import RunCheckpoint
 from running.checkpoint_io import AtomicCheckpointIO
-from running.folder import RunFolder, check_evaluated
+from running.folder import RunFolder, check_evaluated, check_trained
 from running.predictions import PredictionWriter
 from running.result import AGAIN, RESULT, OperatingPoints, show_points
 from running.tracking import Tracking
@@ -113,10 +116,7 @@ class ExperimentCLI(LightningCLI):
                 "trainer.logger and trainer.default_root_dir are the run folder's: "
                 "use --wandb.mode and --run_dir"
             )
-        if init.accumulate_grad_batches < 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {init.accumulate_grad_batches}: use 1 or more"
-            )
+        check_trainer(init)
         method = type(self.model).__module__.rsplit(".", 1)[-1]
         self.run_folder = RunFolder.of(self.config[self.subcommand], method)
         if init.fast_dev_run and self.subcommand == "fit":
@@ -127,6 +127,8 @@ class ExperimentCLI(LightningCLI):
             # Lightning's requeue saves in the middle of a batch, and in every loader worker.
             plugins.append(SLURMEnvironment(auto_requeue=False))
         trainer = super().instantiate_trainer(
+            max_time=None,  # the checkpoint's timer obeys it
+            max_epochs=-1 if init.max_time and init.max_epochs is None else init.max_epochs,
             default_root_dir=str(self.run_folder.path),
             logger=False,  # fit opens them, once it knows that there is something to train
             plugins=plugins,
@@ -139,6 +141,11 @@ class ExperimentCLI(LightningCLI):
         """Returns the callbacks of the YAML, and those that every run has."""
         given = init.callbacks or []
         given = given if isinstance(given, list) else [given]
+        if any(isinstance(each, Timer) for each in given):
+            raise ValueError(
+                "the callback Timer ends a training in the middle of an epoch, for good: use "
+                "trainer.max_time, after which the same command goes on"
+            )
         if any(isinstance(each, StochasticWeightAveraging) for each in given):
             raise ValueError(
                 "StochasticWeightAveraging changes the weights after the last checkpoint, so what "
@@ -146,7 +153,9 @@ class ExperimentCLI(LightningCLI):
                 "pytorch_lightning.callbacks.EMAWeightAveraging, whose average is in every "
                 "checkpoint"
             )
-        progress = [] if init.enable_progress_bar is False else [RichProgressBar()]
+        self.checkpoint.timer = Timer(init.max_time)
+        own_bar = any(isinstance(each, ProgressBar) for each in given)
+        progress = [] if own_bar or init.enable_progress_bar is False else [RichProgressBar()]
         rates = [LearningRateMonitor()] if self.subcommand == "fit" else []
         return [*progress, *given, PredictionWriter(), OperatingPoints(), *rates, self.checkpoint]
 
@@ -170,7 +179,8 @@ class ExperimentCLI(LightningCLI):
         4. If the run is finished, prints its result and ends.
         5. Goes on from last.ckpt, or from previous.ckpt if that is damaged; otherwise from
            --ckpt_path, or from the start.
-        6. Writes down the configuration and the attempt; opens the history and W&B.
+        6. Opens the history and W&B. Once nothing can be refused any more, writes down the
+           configuration and the attempt.
         7. Trains. After a warning, or when max_time is over, it saves and leaves.
         8. Tests the selected checkpoint, unless told not to.
         9. Marks the run as finished, and prints the result and where it is.
@@ -182,7 +192,7 @@ class ExperimentCLI(LightningCLI):
         folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
         folder.create()
         folder.lock()
-        folder.check_trained(self.config_dump)
+        folder.check_trained(self.config_dump, self.complete)
         if folder.is_finished(trainer, self.datamodule, test):
             if rank_zero_only.rank == 0:
                 print(
@@ -190,8 +200,9 @@ class ExperimentCLI(LightningCLI):
                 )
                 show_points(folder.path / RESULT)
             return
-        self.train(ckpt_path)
-        if is_time_over(trainer):
+        try:
+            self.train(ckpt_path)
+        except preemption.TimeIsOver:
             rank_zero_info("trainer.max_time is over: repeat the command to go on")
             return
         # A test of some batches is no result.
@@ -217,10 +228,28 @@ class ExperimentCLI(LightningCLI):
             rank_zero_warn(
                 f"goes on from {folder.last_checkpoint}, not from --ckpt_path {ckpt_path}"
             )
-        folder.record_attempt(self.config_dump)
+        elif ckpt_path:
+            check_trained(resume_from.parent, self.config_dump, self.complete)
+        self.checkpoint.on_begin = partial(folder.record_attempt, self.config_dump)
         self.trainer.loggers = folder.loggers(tracking, self.config_dump)
-        with contextlib.suppress(preemption.TimeIsOver):
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
+
+    def complete(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Returns the configuration of an earlier attempt with the defaults of today's arguments.
+
+        Raises:
+            ValueError: it names what is no longer there.
+        """
+        parser = self._subcommand_parsers[self.subcommand]
+        try:
+            completed = parser.parse_object(config)
+        except ArgumentError as error:
+            raise ValueError(
+                f"the run folder is of another version of this project ({one_line(error)}): use "
+                "that version (attempts.yaml names its commit), or pass another --run_dir"
+            ) from error
+        dump = parser.dump(completed, skip_link_targets=False, skip_none=False)
+        return yaml.safe_load(dump)
 
     # --- what is trained --------------------------------------------------------------------------
 
@@ -251,7 +280,7 @@ class ExperimentCLI(LightningCLI):
     def trained(self, ckpt_path: str | None) -> Path:
         """Returns the checkpoint to evaluate: the given one, otherwise the run's selected one."""
         path = self.run_file(ckpt_path) or self.checkpoint.selected(self.trainer)
-        check_evaluated(path, self.config_dump)
+        check_evaluated(path, self.config_dump, self.complete)
         self.run_folder.create()
         return path
 
@@ -298,6 +327,9 @@ def main(args: Sequence[str] | None = None) -> int:
         rank_zero_info("saved after a signal: repeat the command to go on")
         return warning.code
     except RuntimeError as error:
+        if is_mistake(error) and not os.environ.get("TRACEBACK"):
+            print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
+            return 2
         if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
             raise
         print(
@@ -312,6 +344,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def is_mistake(error: RuntimeError) -> bool:
+    """Tells whether Lightning has refused what a user has said; it has no class for that."""
+    return str(error).startswith(
+        ("Early stopping conditioned on metric", "Found more than one stateful callback")
+    )
 
 
 def is_loss_of_a_rank(error: RuntimeError) -> bool:

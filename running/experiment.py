@@ -6,6 +6,8 @@ from typing import Any
 
 from pytorch_lightning import callbacks as lightning_callbacks
 
+from running.checkpoint import best_mode
+
 # Of a YAML's trainer section, this part is the experiment; the rest says how long, where and how
 # verbosely a run trains, and may change between two attempts of it.
 TRAINER = (
@@ -17,12 +19,19 @@ TRAINER = (
     "limit_val_batches",
     "overfit_batches",
     "precision",
+    "sync_batchnorm",
+    "use_distributed_sampler",
     "val_check_interval",
 )
+# Whole numbers are batches here, other numbers are shares: 1 is not 1.0, which is the default.
+LIMITS = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "overfit_batches": 0.0}
+LIMITS |= {"val_check_interval": 1.0}
 CHECKPOINT = ("select", "monitor", "mode")
 # The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
 LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers", "predict_dir")
-# What only chooses what is evaluated, or is over when training is.
+# How a network runs, not what it computes.
+MACHINE = ("lazy", "memory_efficient")
+# Chooses what is evaluated, or matters in training alone.
 NOT_EVALUATED = (
     *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
     *("optimizer", "lr_scheduler", "lr_interval", "trunk_checkpoint", "seed"),
@@ -32,8 +41,9 @@ OBSERVERS = (
     lightning_callbacks.LearningRateMonitor,
     lightning_callbacks.ModelCheckpoint,
     lightning_callbacks.ModelSummary,
-    lightning_callbacks.ProgressBar,
-    lightning_callbacks.Timer,
+    lightning_callbacks.RichModelSummary,
+    lightning_callbacks.RichProgressBar,
+    lightning_callbacks.TQDMProgressBar,
 )
 PRECISIONS = {None: "32-true", 64: "64-true", 32: "32-true", 16: "16-mixed", "bf16": "bf16-mixed"}
 
@@ -47,8 +57,13 @@ def trained(config: Config) -> dict[str, Any]:
     if str(precision).isdigit():
         precision = int(precision)
     trainer["precision"] = PRECISIONS.get(precision, precision)
+    for name, default in LIMITS.items():
+        number = default if trainer[name] is None else trainer[name]
+        trainer[name] = f"{number} batches" if isinstance(number, int) else number
     trainer["callbacks"] = _callbacks_that_train((config.get("trainer") or {}).get("callbacks"))
     checkpoint = {key: (config.get("checkpoint") or {}).get(key) for key in CHECKPOINT}
+    if checkpoint["mode"] == "auto":
+        checkpoint["mode"] = best_mode(checkpoint["monitor"])
     parts = {"model": config.get("model"), "data": _without(config.get("data"), LOGISTICS)}
     return _flatten({**parts, "trainer": trainer, "checkpoint": checkpoint})
 
@@ -92,7 +107,10 @@ def _observes(class_path: str) -> bool:
         callback = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):  # gone since that attempt
         return False
-    return getattr(callback, "only_observes", False) or issubclass(callback, OBSERVERS)
+    if not isinstance(callback, type):
+        return False
+    # Of this class itself: one that is derived from it may do more.
+    return vars(callback).get("only_observes", False) or callback in OBSERVERS
 
 
 def _flatten(tree: Config, prefix: str = "") -> dict[str, Any]:
@@ -100,6 +118,6 @@ def _flatten(tree: Config, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{key}.")
-        else:
+        elif key not in MACHINE:
             flat[prefix + key] = value
     return flat

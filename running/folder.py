@@ -17,6 +17,7 @@ What it holds:
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from running.checkpoint import LAST, PREVIOUS, check_images_per_step, images_per_step
-from running.checkpoint_io import is_intact
+from running.checkpoint_io import is_damaged
 from running.environment import environment
 from running.experiment import evaluated, first_difference, trained
 from running.history import CSVHistory
 from running.tracking import Tracking, current_sweep, describe_wandb, open_wandb
 
 FINISHED = "finished.yaml"
+Config = dict[str, Any]
+Complete = Callable[[Config], Config]
 
 
 class RunFolder:
@@ -79,7 +82,7 @@ class RunFolder:
         holds, is left alone.
         """
         last, previous = self.path / LAST, self.path / PREVIOUS
-        if last.exists() and not is_intact(last) and is_intact(previous):
+        if last.exists() and is_damaged(last) and not is_damaged(previous):
             rank_zero_warn(f"{last} is damaged: goes on from the checkpoint before it")
             shutil.copyfile(last, self.path / "damaged.ckpt")
             os.replace(previous, last)
@@ -126,22 +129,14 @@ class RunFolder:
 
     # --- what is trained --------------------------------------------------------------------------
 
-    def check_trained(self, config: dict[str, Any]) -> None:
-        """Refuses to continue a run whose YAML has changed in what decides its result.
+    def check_trained(self, config: Config, complete: Complete) -> None:
+        """Refuses to continue this run with a YAML that would train something else.
 
         Raises:
             ValueError: names the first key that differs.
         """
-        path = self.path / "config.yaml"
-        has_begun = self.last_checkpoint is not None or (self.path / FINISHED).exists()
-        if not has_begun or not path.exists():
-            return
-        difference = first_difference(trained(_read(path)), trained(config))
-        if difference:
-            raise ValueError(
-                f"{self.path} holds another experiment: {difference}: pass another --run_dir, or "
-                "delete that folder"
-            )
+        if self.last_checkpoint is not None or (self.path / FINISHED).exists():
+            check_trained(self.path, config, complete)
 
     @rank_zero_only
     def record_attempt(self, config: dict[str, Any]) -> None:
@@ -154,21 +149,26 @@ class RunFolder:
     # --- finished or not --------------------------------------------------------------------------
 
     def is_finished(self, trainer: pl.Trainer, data: pl.LightningDataModule, test: bool) -> bool:
-        """Tells whether the run has been where this trainer would stop, and was tested if asked.
+        """Tells whether the run has reached this trainer's limits and, if asked, was tested.
 
         Raises:
-            ValueError: the run was trained with another number of images in a step.
+            ValueError: the run was trained with more epochs or steps, or with another number of
+                images in a step.
         """
         try:
             there = _read(self.path / FINISHED)
         except FileNotFoundError:  # at any moment: rank 0 removes it when a run goes on
             return False
         check_images_per_step(there.get("images_per_step"), data, trainer)
-        enough = [
-            there.get(name) == limit or 0 < limit <= (there.get(name) or 0)
-            for name, limit in _limits(trainer).items()
-        ]
-        return all(enough) and (there.get("tested") or not test)
+        limits = _limits(trainer)
+        for name, limit in limits.items():
+            if 0 < limit < there[name]:
+                raise ValueError(
+                    f"{self.path} was trained for trainer.{name}={there[name]}, and this command "
+                    f"asks for {limit}: pass another --run_dir"
+                )
+        has_reached = all(there[name] == limit for name, limit in limits.items())
+        return has_reached and (there["tested"] or not test)
 
     @rank_zero_only
     def mark_finished(self, trainer: pl.Trainer, tested: bool) -> None:
@@ -191,8 +191,30 @@ class RunFolder:
         return "\n".join([f"run folder: {self.path}", *describe_wandb(loggers, self.path)])
 
 
-def check_evaluated(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Refuses to evaluate a run's checkpoint with a YAML by which it would answer otherwise.
+def check_trained(folder: Path, config: Config, complete: Complete) -> None:
+    """Refuses to go on from the run in a folder with a YAML that would train something else.
+
+    Args:
+        folder: of the run; without a config.yaml there is nothing to compare.
+        config: of this command.
+        complete: adds the defaults that were not yet there when the run began.
+
+    Raises:
+        ValueError: names the first key that differs.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    difference = first_difference(trained(complete(_read(path))), trained(config))
+    if difference:
+        raise ValueError(
+            f"{folder} holds another experiment: {difference}: pass another --run_dir, or delete "
+            "that folder"
+        )
+
+
+def check_evaluated(checkpoint: Path, config: Config, complete: Complete) -> None:
+    """Refuses to evaluate a run's checkpoint with a YAML that would change its answers.
 
     What only chooses what is evaluated may differ. A checkpoint outside a run folder has no
     configuration to be compared with.
@@ -203,7 +225,7 @@ def check_evaluated(checkpoint: Path, config: dict[str, Any]) -> None:
     path = checkpoint.parent / "config.yaml"
     if not path.exists():
         return
-    difference = first_difference(evaluated(_read(path)), evaluated(config))
+    difference = first_difference(evaluated(complete(_read(path))), evaluated(config))
     if difference:
         raise ValueError(
             f"{checkpoint} is of another experiment: {difference}: use the YAML it was trained "
@@ -212,7 +234,11 @@ def check_evaluated(checkpoint: Path, config: dict[str, Any]) -> None:
 
 
 def _limits(trainer: pl.Trainer) -> dict[str, int]:
-    return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    """Returns where training stops; before a fit, Lightning has not put its defaults in yet."""
+    max_epochs = trainer.max_epochs
+    if max_epochs is None:
+        max_epochs = 1000 if trainer.max_steps == -1 else -1
+    return {"max_epochs": max_epochs, "max_steps": trainer.max_steps}
 
 
 def _read(path: Path) -> dict[str, Any]:

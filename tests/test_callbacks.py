@@ -181,7 +181,7 @@ def test_every_process_must_see_the_checkpoint(own: int, other: int, tmp_path: P
     )
     theirs = [-other, other]  # what the other process passes, the latest first
     trainer = SimpleNamespace(
-        world_size=2, global_step=own, default_root_dir=tmp_path, strategy=strategy
+        world_size=2, global_step=own, default_root_dir=tmp_path, strategy=strategy, loggers=[]
     )
     if own == other:
         RunCheckpoint().on_train_start(trainer, None)

@@ -110,6 +110,42 @@ BAD = {
         {"trainer__accumulate_grad_batches": -1},
         "trainer.accumulate_grad_batches is -1: use 1 or more",
     ),
+    "validation by time": (
+        {"trainer__val_check_interval": "00:00:10:00"},
+        "after a time, a run that goes on would validate elsewhere",
+    ),
+    "no validation interval": (
+        {"trainer__val_check_interval": 0.0},
+        "trainer.val_check_interval is 0.0: give a number of batches, or a share",
+    ),
+    "gradient clipping": ({"trainer__gradient_clip_val": -1.0}, "gradient_clip_val is -1.0: use 0"),
+    "no log": ({"trainer__log_every_n_steps": 0}, "trainer.log_every_n_steps is 0: use 1 or more"),
+    "double precision": (
+        {"trainer__precision": "64-true"},
+        "precision is 64-true, and images and metrics are of 32 bits: use 32-true",
+    ),
+    "timer": (
+        {
+            "trainer__callbacks": {
+                "class_path": "pytorch_lightning.callbacks.Timer",
+                "init_args": {"duration": "00:00:10:00"},
+            }
+        },
+        "use trainer.max_time, after which the same command goes on",
+    ),
+    "misspelt monitor of a callback": (
+        {
+            "trainer__callbacks": {
+                "class_path": "pytorch_lightning.callbacks.EarlyStopping",
+                "init_args": {"monitor": "val/accuracy"},
+            }
+        },
+        "Early stopping conditioned on metric `val/accuracy` which is not available",
+    ),
+    "callback given twice": (
+        {"trainer__callbacks": [{"class_path": "callbacks.ThroughputMonitor"}] * 2},
+        "Found more than one stateful callback of type `ThroughputMonitor`",
+    ),
     "negative gamma": (
         {
             "model__init_args__lr_scheduler": {

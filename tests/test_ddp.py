@@ -132,7 +132,10 @@ def test_other_number_of_ranks_goes_on_within_an_epoch(tmp_path: Path) -> None:
             assert steps % 10, "saved within an epoch"
             status, output = launch.run([*COMMAND, *two], folder)
             assert status != 0
-            assert "64 images in a batch of all processes, and here are 128" in output
+            assert (
+                "64 images per step (batch_size times processes), and this command has 128"
+                in output
+            )
             assert "set batch_size to 32" in output
             seen = last.stat().st_mtime_ns
             command = [*COMMAND, *two, half]

@@ -12,6 +12,7 @@ import torch
 import yaml
 from test_cli import assert_one_line, change
 
+from callbacks import ThroughputMonitor
 from running.experiment import evaluated, first_difference, trained
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
@@ -45,7 +46,7 @@ def points(path: Path) -> list[dict[str, str]]:
 OTHER_TRAINING = {
     "batch size": (
         ["--data.batch_size=32"],
-        "trained with 64 images in a batch of all processes, and here are 32: set batch_size to 64",
+        "64 images per step (batch_size times processes), and this command has 32: set batch_size",
     ),
     "precision": (["--trainer.precision=bf16-mixed"], "precision is 32-true there and bf16-mixed"),
     "average": ([EMA], "trainer.callbacks is None there and ["),
@@ -68,6 +69,94 @@ def test_another_training_is_refused(
     before = (folder / "run/last.ckpt").read_bytes()
     assert_one_line(*launch.run([*COMMAND, *options], folder), message)
     assert (folder / "run/last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "is_same"),
+    [
+        ({"limit_train_batches": 1.0}, {"limit_train_batches": 1}, False),
+        ({"limit_val_batches": 1}, {"limit_val_batches": 1.0}, False),
+        ({"val_check_interval": 1}, {}, False),
+        ({"overfit_batches": 1.0}, {"overfit_batches": 1}, False),
+        ({"limit_train_batches": None}, {"limit_train_batches": 1.0}, True),
+        ({"overfit_batches": 0.0}, {}, True),
+        ({"sync_batchnorm": True}, {"sync_batchnorm": False}, False),
+    ],
+)
+def test_one_batch_is_not_all_of_them(there: Any, here: Any, is_same: bool) -> None:
+    one, other = (trained({"trainer": each}) for each in (there, here))
+    assert (first_difference(one, other) is None) == is_same
+
+
+def test_how_a_network_runs_may_differ() -> None:
+    """Memory-efficient or not, the numbers are the same."""
+    one, other = (
+        {"model": {"init_args": {"net": {"init_args": {"lazy": x, "memory_efficient": x}}}}}
+        for x in (False, True)
+    )
+    assert first_difference(trained(one), trained(other)) is None
+    assert first_difference(evaluated(one), evaluated(other)) is None
+
+
+def test_argument_that_is_newer_than_the_run(finished: Path, tmp_path: Path) -> None:
+    """Its default is what the run was trained with; another value is another experiment."""
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    path = folder / "run/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["model"]["init_args"]["net"]["init_args"]["stride_in_1x1"]
+    config["checkpoint"]["mode"] = "max"  # which "auto" means for an accuracy
+    path.write_text(yaml.safe_dump(config))
+    for command in ("fit", "test"):
+        status, output = launch.run([command, *COMMAND[1:]], folder)
+        assert status == 0, output
+    del config["model"]["init_args"]["net"]["init_args"]["conv_bias"]
+    path.write_text(yaml.safe_dump(config))
+    options = ["--model.init_args.net.init_args.conv_bias=true"]
+    assert_one_line(*launch.run([*COMMAND, *options], folder), "conv_bias is False there and True")
+    config["model"]["init_args"]["net"]["init_args"]["gone"] = 1
+    path.write_text(yaml.safe_dump(config))
+    assert_one_line(*launch.run(COMMAND, folder), "is of another version of this project")
+
+
+def test_fewer_epochs_are_no_result_of_more(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    assert launch.run([*COMMAND, "--trainer.max_epochs=2"], folder)[0] == 0
+    message = "was trained for trainer.max_epochs=2, and this command asks for 1"
+    assert_one_line(*launch.run(COMMAND, folder), message)
+
+
+def test_steps_alone_are_a_limit(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", trainer__max_epochs=None, trainer__max_steps=2)
+    assert launch.run(COMMAND, folder)[0] == 0
+    status, output = launch.run(COMMAND, folder)
+    assert status == 0, output
+    assert "finished already" in output
+
+
+def test_refused_run_stays_finished(tmp_path: Path) -> None:
+    schedule = {"class_path": "lightning_modules.LinearDecayLR"}
+    folder = write(tmp_path / "folder", model__init_args__lr_scheduler=schedule)
+    assert launch.run(COMMAND, folder)[0] == 0
+    files = {name: (folder / "run" / name).read_bytes() for name in ("metrics.csv", "config.yaml")}
+    message = "the length of LinearDecayLR was 1 in this run, and is 2 now"
+    assert_one_line(*launch.run([*COMMAND, "--trainer.max_epochs=2"], folder), message)
+    for name, content in files.items():
+        assert (folder / "run" / name).read_bytes() == content
+    assert "finished already" in launch.run(COMMAND, folder)[1]
+
+
+def test_another_run_goes_on_in_a_folder_of_its_own(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    command = [*COMMAND[:3], "--run_dir", "other", "--ckpt_path", "run/last.ckpt"]
+    longer = [*command, "--trainer.max_epochs=2"]
+    options = ["--trainer.accumulate_grad_batches=4"]
+    assert_one_line(*launch.run([*longer, *options], folder), "accumulate_grad_batches is 1 there")
+    checkpoint = torch.load(folder / "run/last.ckpt", weights_only=True)
+    checkpoint["callbacks"]["RunCheckpoint"]["best_score"] = 2.0  # which nothing can beat
+    torch.save(checkpoint, folder / "run/last.ckpt")
+    status, output = launch.run(longer, folder)
+    assert status == 0, output
+    assert (folder / "other/best.ckpt").exists()
 
 
 def test_what_does_not_decide_the_result_may_differ(finished: Path, tmp_path: Path) -> None:
@@ -143,12 +232,18 @@ def test_callbacks_that_observe_are_not_compared() -> None:
         callback("pytorch_lightning.callbacks.EarlyStopping", monitor="val/acc"),
         callback("nowhere.Gone"),
         callback("test_experiment.Unknown"),
+        callback("test_experiment.Derived"),
+        callback("test_experiment.callback"),
     ):
         assert first_difference(bare, trained({"trainer": {"callbacks": each}}))
 
 
 class Unknown:
     """What a callback of the user's own does is not known."""
+
+
+class Derived(ThroughputMonitor):
+    """Nor what it does beside what its base does."""
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -229,4 +324,4 @@ def test_checkpoint_of_another_format_does_not_go_on(finished: Path, tmp_path: P
     del checkpoint["run"]
     torch.save(checkpoint, path)
     command = [*COMMAND, "--trainer.max_epochs=2"]
-    assert_one_line(*launch.run(command, folder), "of another version of this project")
+    assert_one_line(*launch.run(command, folder), "written by another version of this")

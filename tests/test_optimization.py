@@ -1,8 +1,9 @@
 """What a training step adds up: losses over images, gradients over batches, rates over time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     MultiStepLR,
 )
+from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules import DigitsDataModule
 from lightning_modules import LinearDecayLR, LitResNet, WarmupMultiStepLR
@@ -180,22 +182,37 @@ def test_linear_decay_needs_an_end(tmp_path: Path) -> None:
         rates(partial(LinearDecayLR, length=0), tmp_path)
 
 
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return repeat((torch.zeros(1, 32, 32), torch.tensor(0)))
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_data_without_a_length(interval: str, tmp_path: Path) -> None:
+    """A rate must not rise because nobody knows when training ends."""
+    arguments = {"max_steps": 3, "max_epochs": -1} if interval == "epoch" else {"max_epochs": 2}
+    module = LitResNet(Linear(), lr_scheduler=LinearDecayLR, lr_interval=interval)
+    trainer = quiet_trainer(tmp_path, limit_val_batches=0, **arguments)
+    with pytest.raises(ValueError, match=r"length is not known: set its length"):
+        trainer.fit(module, DataLoader(Endless(), batch_size=4))
+
+
 def test_linear_decay_goes_on_with_its_length_alone() -> None:
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     state = LinearDecayLR(optimizer, 4).state_dict()
     LinearDecayLR(optimizer, 4).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"to 0 in 4 there and in 8 here.*pass another --run_dir"):
+    with pytest.raises(ValueError, match=r"was 4 in this run, and is 8 now: pass"):
         LinearDecayLR(optimizer, 8).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "numbers"),
     [
-        (partial(CosineAnnealingLR, T_max=20), "until epoch 20 and the training has 3"),
-        (partial(CosineAnnealingLR, T_max=2), "until epoch 2 and the training has 3"),
-        (partial(MultiStepLR, milestones=[1, 3]), "until epoch 3 and the training has 3"),
-        (partial(WarmupMultiStepLR, milestones=[8], warmup=1), "until epoch 8 and the"),
-        (partial(LinearLR, total_iters=5), "until epoch 5 and the training has 3"),
+        (partial(CosineAnnealingLR, T_max=20), "until epoch 20, and the training ends after 3"),
+        (partial(CosineAnnealingLR, T_max=2), "until epoch 2, and the training ends after 3"),
+        (partial(MultiStepLR, milestones=[1, 3]), "until epoch 3, and the training ends after 3"),
+        (partial(WarmupMultiStepLR, milestones=[8], warmup=1), "until epoch 8, and the"),
+        (partial(LinearLR, total_iters=5), "until epoch 5, and the training ends after 3"),
     ],
 )
 def test_schedule_of_another_length_is_told(scheduler: Any, numbers: str, tmp_path: Path) -> None:

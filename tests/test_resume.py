@@ -1,12 +1,14 @@
 """A run killed anywhere and started again by the same command ends as if nothing had happened."""
 
 import csv
+import itertools
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Timer
 from torch import nn
 
-from running.checkpoint_io import is_intact
+from archive import is_intact
+from running import RunCheckpoint
+from running.checkpoint_io import is_damaged
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -343,6 +347,26 @@ def test_damaged_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
     assert_same_run(whole, broken)
 
 
+def test_bits_that_torch_alone_stumbles_over(tmp_path: Path) -> None:
+    """In the directory of the archive, which has no checksum of its own."""
+    path, other = tmp_path / "good.ckpt", tmp_path / "bad.ckpt"
+    content = {f"tensor{number}": torch.full((9,), number) for number in range(3)}
+    torch.save(content, path)
+    good = path.read_bytes()
+    assert not is_damaged(path)
+    start, silent = good.index(b"PK\1\2"), []
+    for place, bit in itertools.product(range(start, len(good)), range(8)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << bit
+        other.write_bytes(bad)
+        if is_damaged(other):
+            continue
+        loaded = torch.load(other, weights_only=True)
+        if any(not torch.equal(value, content[key]) for key, value in loaded.items()):
+            silent.append((place - start, bit))
+    assert not silent
+
+
 @pytest.mark.parametrize("damage", ["a block of zeros", "a flipped bit"])
 def test_checkpoint_that_has_rotted_is_not_gone_on_from(damage: str, tmp_path: Path) -> None:
     config = methods.config("resnet")
@@ -385,14 +409,26 @@ class TimePasses(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if (trainer.current_epoch, batch_idx) == (1, 2):
-            (timer,) = (each for each in trainer.callbacks if isinstance(each, Timer))
-            timer._duration = 0.0
+            (checkpoint,) = (c for c in trainer.callbacks if isinstance(c, RunCheckpoint))
+            checkpoint.timer = Timer(timedelta(0))
+            checkpoint.timer.on_train_start(trainer, pl_module)
 
 
-@pytest.mark.parametrize("val_size", [0, 180])
-def test_no_step_is_lost_when_time_is_over(val_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "num_steps"),
+    [
+        ({"limit_val_batches": 0, "val_check_interval": 1.0}, 10),
+        ({}, 10),
+        ({"accumulate_grad_batches": 2}, 6),  # in the middle of a group
+        ({"val_check_interval": 3}, 10),
+    ],
+    ids=["unvalidated", "validated", "accumulated", "validated-often"],
+)
+def test_no_step_is_lost_when_time_is_over(
+    changes: dict[str, Any], num_steps: int, tmp_path: Path
+) -> None:
     config = methods.config("resnet")
-    config["data"]["init_args"]["val_size"] = val_size
+    config["trainer"] |= changes
     config["checkpoint"]["select"] = "last"
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
@@ -402,7 +438,8 @@ def test_no_step_is_lost_when_time_is_over(val_size: int, tmp_path: Path) -> Non
     status, output = launch.run(brief, broken)
     assert status == 0, output
     assert "trainer.max_time is over: repeat the command to go on" in output
-    assert torch.load(broken / "run/last.ckpt", weights_only=True)["global_step"] == 10
+    last = torch.load(broken / "run/last.ckpt", weights_only=True)
+    assert last["global_step"] == num_steps
     assert launch.run(COMMAND, broken)[0] == 0, (broken / "output.txt").read_text()
     (broken / "run/previous.ckpt").unlink()
     (whole / "run/previous.ckpt").unlink()
