@@ -336,6 +336,7 @@ def _hands_over(trainer: Trainer, batch_idx: int) -> bool:
     by_epoch = trainer.check_val_every_n_epoch is not None
     batches = batch_idx + 1 if by_epoch else trainer.fit_loop.total_batch_idx + 1
     ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+    ends |= trainer.should_stop and trainer.fit_loop._can_stop_early  # it validates, then ends
     every = trainer.check_val_every_n_epoch or 1
     validates = any(trainer.num_val_batches) and (trainer.current_epoch + 1) % every == 0
     return ends or (validates and batches % period == 0)

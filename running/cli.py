@@ -266,9 +266,12 @@ class ExperimentCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, SampledTestImages):
                 callback.again = again
+        path = self.run_folder.path / (AGAIN if again else RESULT)
+        if self.trainer.is_global_zero:
+            path.unlink(missing_ok=True)  # a test of no batches would leave that of another
         self.trainer.test(self.model, self.datamodule, ckpt_path=checkpoint, verbose=False)
         if self.trainer.is_global_zero:
-            show_points(self.run_folder.path / (AGAIN if again else RESULT))
+            show_points(path)
 
     def predict(self, ckpt_path: str | None) -> None:
         """Writes `predictions.csv`."""

@@ -258,6 +258,10 @@ def test_part_of_a_test_is_no_result(tmp_path: Path) -> None:
         assert not result.exists()
         assert "finished already" not in output
     (partial,) = points(again)
+    status, output = launch.run(["test", *COMMAND[1:], "--trainer.limit_test_batches=0"], folder)
+    assert status == 0, output
+    assert "operating points" not in output
+    assert not again.exists()
     status, output = launch.run(COMMAND, folder)
     assert status == 0, output
     (whole,) = points(result)

@@ -174,6 +174,10 @@ WITH_CALLBACKS = {
         [callback("EarlyStopping", monitor="val/loss", **NEVER_BETTER)],
         {"val_check_interval": 3},
     ),
+    "stops after the least steps": (
+        [callback("EarlyStopping", monitor="val/loss", **NEVER_BETTER)],
+        {"val_check_interval": 2, "min_steps": 13},
+    ),
     "stops without validation": (
         [callback("EarlyStopping", monitor="train/loss", **NEVER_BETTER)],
         {"limit_val_batches": 0, "val_check_interval": 1.0},
@@ -191,7 +195,7 @@ WITH_CALLBACKS = {
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name in ("stops without validation", "averages epochs")
+        if name in ("stops after the least steps", "stops without validation", "averages epochs")
         else name
         for name in WITH_CALLBACKS
     ],
@@ -207,8 +211,8 @@ def test_killed_with_callbacks_that_keep_state(name: str, tmp_path: Path) -> Non
     assert kill_after_every_save(broken) >= 4
     assert_same_run(whole, broken)
     steps = torch.load(whole / "run/last.ckpt", weights_only=True)["global_step"]
-    expected = {"stops early": 21, "stops within an epoch": 10, "stops without validation": 21}
-    assert steps == expected.get(name, 7 + 4 + 2 if name == "accumulates" else 21)
+    expected = {"stops within an epoch": 10, "stops after the least steps": 13, "accumulates": 13}
+    assert steps == expected.get(name, 21)
 
 
 def test_run_that_stopped_early_does_not_go_on(tmp_path: Path) -> None:
