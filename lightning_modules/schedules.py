@@ -18,6 +18,11 @@ from torch.optim.lr_scheduler import (
 )
 
 Interval = Literal["epoch", "step"]
+LEAST = {
+    **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters", "total_steps"), 1),
+    **dict.fromkeys(("warmup", "eta_min", "power"), 0),
+}
+"""The least that arguments may be: below it torch divides by 0, or the rate is negative."""
 
 
 class WarmupMultiStepLR(LambdaLR):
@@ -40,6 +45,7 @@ class WarmupMultiStepLR(LambdaLR):
             return 0.1 ** sum(time >= milestone for milestone in milestones)
 
         self.milestones = list(milestones)
+        self.warmup = warmup
         super().__init__(optimizer, factor)
 
 
@@ -100,6 +106,12 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
         raise ValueError(f"gamma of {name} is {gamma}: give a number above 0")
     if any(milestone < 0 for milestone in milestones):
         raise ValueError(f"milestones of {name} are {list(milestones)}: give none below 0")
+    for argument, least in LEAST.items():
+        value = getattr(scheduler, argument, least)
+        if value < least:
+            raise ValueError(f"{argument} of {name} is {value}: give {least} or more")
+    if any(rate < 0 for rate in [*scheduler.base_lrs, *getattr(scheduler, "max_lrs", ())]):
+        raise ValueError(f"{name} has a rate below 0: give none")
     if isinstance(scheduler, LinearDecayLR) and scheduler.length is None:
         if training_length is None or math.isinf(training_length):
             raise ValueError(
@@ -107,6 +119,11 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
                 "length, or trainer.max_epochs"
             )
         scheduler.length = int(training_length)
+    if isinstance(scheduler, OneCycleLR) and (training_length or 0) > scheduler.total_steps:
+        raise ValueError(
+            f"OneCycleLR is made for {scheduler.total_steps} {interval}s and the training has "
+            f"{training_length}: set total_steps to that"
+        )
     last_change, is_exact = _last_change(scheduler)
     if last_change is None or training_length is None or math.isinf(training_length):
         return

@@ -134,6 +134,11 @@ class ResidualNetwork(nn.Module):
         gates = torch.as_tensor(gates, dtype=torch.float64, device="cpu")
         if gates.dim() == 1:
             return gates.tolist()
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "gates per sample cannot be traced: later batches would have those of the example. "
+                "Export fold_survival_probs(network, survival_probs) instead"
+            )
         if gates.shape != (self.num_blocks, num_images):
             raise ValueError(
                 f"gates of shape {tuple(gates.shape)} for {num_images} images: "

@@ -195,7 +195,7 @@ def _holds_empty(value: Any) -> bool:
         return any(map(_holds_empty, value))
     if isinstance(value, dict):
         return any(map(_holds_empty, value.values()))
-    return value == ""
+    return isinstance(value, str) and not value.strip()
 
 
 def _describe(annotation: Any) -> str:

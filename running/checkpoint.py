@@ -292,20 +292,26 @@ def check_images_per_step(
     )
 
 
-def best_mode(monitor: str) -> Literal["min", "max"]:
-    """Returns "min" for a loss and "max" for an accuracy.
-
-    Raises:
-        ValueError: the metric is neither.
-    """
+def guess_mode(monitor: str) -> Literal["min", "max"] | None:
+    """Returns "min" for a loss, "max" for an accuracy, None for another metric."""
     if re.search(r"(^|[/_])loss", monitor):
         return "min"
-    if re.search(r"(^|[/_])acc", monitor):
-        return "max"
-    raise ValueError(
-        f"checkpoint.monitor {monitor!r} is no loss and no accuracy: set checkpoint.mode to min or "
-        "max"
-    )
+    return "max" if re.search(r"(^|[/_])acc", monitor) else None
+
+
+def best_mode(monitor: str) -> Literal["min", "max"]:
+    """Returns what the best of a metric is.
+
+    Raises:
+        ValueError: it is neither a loss nor an accuracy.
+    """
+    mode = guess_mode(monitor)
+    if mode is None:
+        raise ValueError(
+            f"checkpoint.monitor {monitor!r} is no loss and no accuracy: set checkpoint.mode to "
+            "min or max"
+        )
+    return mode
 
 
 def max_over_ranks(number: int, trainer: Trainer) -> int:

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.callbacks import (
+    EarlyStopping,
     LearningRateMonitor,
     ProgressBar,
     RichProgressBar,
@@ -23,7 +24,7 @@ from pytorch_lightning.callbacks import (
     Timer,
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.distributed import DistError
@@ -32,7 +33,7 @@ import preemption
 from callbacks import SampledTestImages
 from lightning_modules import ImageClassifier
 from running.arguments import StrictParser, check_trainer
-from running.checkpoint import RunCheckpoint
+from running.checkpoint import RunCheckpoint, guess_mode
 from running.checkpoint_io import AtomicCheckpointIO
 from running.folder import RunFolder, check_evaluated, check_trained
 from running.predictions import PredictionWriter
@@ -153,6 +154,9 @@ class ExperimentCLI(LightningCLI):
                 "pytorch_lightning.callbacks.EMAWeightAveraging, whose average is in every "
                 "checkpoint"
             )
+        for each in given:
+            if isinstance(each, EarlyStopping):
+                check_direction(each)
         self.checkpoint.timer = Timer(init.max_time)
         own_bar = any(isinstance(each, ProgressBar) for each in given)
         progress = [] if own_bar or init.enable_progress_bar is False else [RichProgressBar()]
@@ -294,9 +298,26 @@ class ExperimentCLI(LightningCLI):
         return ckpt_path and Path(ckpt_path)
 
 
+def check_direction(callback: EarlyStopping) -> None:
+    """Raises ValueError if a training would be stopped because it gets better."""
+    mode = guess_mode(callback.monitor)
+    if mode and mode != callback.mode:
+        raise ValueError(
+            f"EarlyStopping would stop when {callback.monitor} gets better (mode "
+            f"{callback.mode}): set its mode to {mode}"
+        )
+
+
 def check_tasks(trainer: Trainer) -> None:
-    """Raises ValueError if SLURM has started another number of tasks than the trainer asks for."""
-    tasks, processes = os.environ.get("SLURM_NTASKS", "1"), trainer.num_devices * trainer.num_nodes
+    """Raises ValueError if a launcher has started another number of processes than asked for."""
+    processes = trainer.num_devices * trainer.num_nodes
+    if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) != processes:
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and this command asks for "
+            f"{processes}: make trainer.num_nodes its --nnodes and trainer.devices its "
+            "--nproc_per_node"
+        )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
     if SLURMEnvironment.detect() and int(tasks) != processes:
         raise ValueError(
             f"SLURM started {tasks} tasks for {processes} processes: start the job with as many "

@@ -57,6 +57,7 @@ def trained(config: Config) -> dict[str, Any]:
     if str(precision).isdigit():
         precision = int(precision)
     trainer["precision"] = PRECISIONS.get(precision, precision)
+    trainer["gradient_clip_algorithm"] = trainer["gradient_clip_algorithm"] or "norm"
     for name, default in LIMITS.items():
         number = default if trainer[name] is None else trainer[name]
         trainer[name] = f"{number} batches" if isinstance(number, int) else number

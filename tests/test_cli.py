@@ -133,11 +133,20 @@ BAD = {
         },
         "use trainer.max_time, after which the same command goes on",
     ),
+    "stop when it gets better": (
+        {
+            "trainer__callbacks": {
+                "class_path": "pytorch_lightning.callbacks.EarlyStopping",
+                "init_args": {"monitor": "val/acc"},
+            }
+        },
+        "EarlyStopping would stop when val/acc gets better (mode min): set its mode to max",
+    ),
     "misspelt monitor of a callback": (
         {
             "trainer__callbacks": {
                 "class_path": "pytorch_lightning.callbacks.EarlyStopping",
-                "init_args": {"monitor": "val/accuracy"},
+                "init_args": {"monitor": "val/accuracy", "mode": "max"},
             }
         },
         "Early stopping conditioned on metric `val/accuracy` which is not available",

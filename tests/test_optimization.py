@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    CyclicLR,
     ExponentialLR,
     LinearLR,
     MultiStepLR,
+    OneCycleLR,
+    StepLR,
 )
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -246,9 +249,21 @@ def not_a_schedule(optimizer: Optimizer) -> Sequence[Optimizer]:
         (partial(ExponentialLR, gamma=math.nan), "gamma of ExponentialLR is nan"),
         (partial(MultiStepLR, milestones=[-1, 2]), r"milestones of MultiStepLR are \[-1, 2\]"),
         (partial(WarmupMultiStepLR, milestones=[-3], warmup=1), "milestones of WarmupMultiStepLR"),
+        (partial(StepLR, step_size=0), "step_size of StepLR is 0: give 1 or more"),
+        (partial(CosineAnnealingLR, T_max=-3), "T_max of CosineAnnealingLR is -3: give 1"),
+        (partial(CosineAnnealingLR, T_max=1, eta_min=-0.1), "eta_min of CosineAnnealingLR is -0.1"),
+        (partial(WarmupMultiStepLR, milestones=[1], warmup=-1), "warmup of WarmupMultiStepLR is"),
+        (
+            partial(CyclicLR, base_lr=-0.1, max_lr=0.1, cycle_momentum=False),
+            "CyclicLR has a rate below 0",
+        ),
+        (
+            partial(OneCycleLR, max_lr=0.1, total_steps=1, cycle_momentum=False),
+            "OneCycleLR is made for 1 epochs and the training has 2: set total_steps to that",
+        ),
         (not_a_schedule, "lr_scheduler is a list: give a class of torch.optim.lr_scheduler"),
     ],
 )
 def test_schedule_that_is_none_is_refused(scheduler: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        rates(scheduler, tmp_path)
+        rates(scheduler, tmp_path, max_epochs=2)

@@ -475,3 +475,12 @@ def test_a_shortcut_that_does_not_exist_is_refused(build, shortcut):
     message = f"^shortcut {shortcut!r} is unknown: use A, A-average, A-prepend, B or C$"
     with pytest.raises(ValueError, match=message):
         build(shortcut=shortcut)
+
+
+def test_gates_per_sample_cannot_be_traced():
+    """Which samples keep a branch would be those of the example for ever."""
+    network = CifarResNet(8).eval().requires_grad_(False)
+    gates = torch.ones(3, 2)
+    gates[1, 0] = 0
+    with pytest.raises(RuntimeError, match="Export fold_survival_probs"):
+        torch.jit.trace(lambda images: network(images, gates=gates), torch.zeros(2, 3, 32, 32))

@@ -563,6 +563,15 @@ def test_wrong_number_of_slurm_tasks_is_refused(tmp_path: Path) -> None:
     assert "SLURM started 2 tasks for 1 processes" in output
 
 
+def test_torchrun_with_more_processes_than_asked_for_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", methods.config("resnet"))
+    names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE")
+    launcher = dict.fromkeys(names, "0") | {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    status, output = launch.run(COMMAND, folder, launch.QUIET | launcher)
+    assert status == 2
+    assert "torchrun started 2 processes, and this command asks for 1" in output
+
+
 def test_wrong_number_of_processes_under_slurm_is_refused(tmp_path: Path) -> None:
     """One task that asks for two devices would train with half the images per step."""
     folder = write(tmp_path / "folder", methods.config("resnet"))
