@@ -131,8 +131,8 @@ class ImageDataModule(LightningDataModule):
         per_step = self.batch_size * self.world_size
         require(
             per_step <= self.num_samples("train"),
-            f"batch_size {self.batch_size} on {self.world_size} process(es) asks for {per_step} of "
-            f"the {self.num_samples('train')} training images in every step: lower batch_size",
+            f"there are {self.num_samples('train')} training images; batch_size times processes "
+            f"asks for {per_step} of them in every step: lower batch_size",
         )
 
     def train_position(self) -> tuple[int, int]:

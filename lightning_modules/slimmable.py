@@ -49,8 +49,8 @@ class SlimmableClassifier(ImageClassifier):
 
     Args:
         net: a slimmable network.
-        eval_widths: widths that are evaluated; the widest is the operating point "full", the others
-            are "w0.25" and the like.
+        eval_widths: widths that are evaluated, as the operating points "w0.25" and the like, beside
+            the whole network, which is "full".
         optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
             to ordinary convolutions and linear weights alone.
     """
@@ -67,8 +67,9 @@ class SlimmableClassifier(ImageClassifier):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
         if len(eval_widths) == 0:
             raise ValueError("eval_widths is empty: give one width or more")
+        widest = max(net.width_mults or net.width_mult_range)
         # Made of the names, so that widths of one name are one point.
-        self.eval_widths = sorted({float(net.width(width).name) for width in eval_widths})
+        self.eval_widths = sorted({float(net.width(w).name) for w in [*eval_widths, widest]})
 
     # --- optimization -----------------------------------------------------------------------------
 

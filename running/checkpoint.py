@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, Timer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 import preemption
 from lightning_modules import accuracy_name
@@ -180,6 +181,11 @@ class RunCheckpoint(Checkpoint):
             trainer.accumulate_grad_batches = self.restored["accumulate_grad_batches"]
             if not self.path(trainer, BEST).exists():
                 self.best_score = None  # that of another folder, from where this run goes on
+            if not hasattr(trainer.train_dataloader, "load_state_dict"):
+                rank_zero_warn(
+                    "goes on with a training loader that is not ours and does not know its order: "
+                    "the result will not be that of an uninterrupted run"
+                )
         step = trainer.global_step
         if max_over_ranks(step, trainer) != -max_over_ranks(-step, trainer):
             raise ValueError(

@@ -20,7 +20,11 @@ def environment() -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_changes": bool(
+            _git("status", "--porcelain", "--untracked-files=no")
+            # Code that is in no commit at all.
+            or _git("status", "--porcelain", "--untracked-files=all", "--", "*.py")
+        ),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "pytorch_lightning": pl.__version__,

@@ -92,10 +92,16 @@ def _without(section: Config | None, arguments: Sequence[str]) -> dict[str, Any]
     return section
 
 
-def _callbacks_that_train(given: Sequence[Config] | Config | None) -> list[Config] | None:
-    """Returns the callbacks that may change what is trained, None for none of them."""
+def _callbacks_that_train(given: Sequence[Config] | Config | None) -> dict[str, Any]:
+    """Returns the callbacks that may change what is trained, by class, with their arguments."""
     callbacks = [given] if isinstance(given, Mapping) else given or []
-    return [each for each in callbacks if not _observes(each["class_path"])] or None
+    trains = [each for each in callbacks if not _observes(each["class_path"])]
+    names = [each["class_path"].rsplit(".", 1)[-1] for each in trains]
+    return {
+        f"{name}{names[:index].count(name) or ''}": {"class": each["class_path"]}
+        | {key: str(value) for key, value in (each.get("init_args") or {}).items()}
+        for index, (name, each) in enumerate(zip(names, trains, strict=True))
+    }
 
 
 def _observes(class_path: str) -> bool:

@@ -162,13 +162,13 @@ class RunFolder:
         check_images_per_step(there.get("images_per_step"), data, trainer)
         limits = _limits(trainer)
         for name, limit in limits.items():
-            if 0 < limit < there[name]:
+            if 0 < limit < there.get(name, -1):
                 raise ValueError(
                     f"{self.path} was trained for trainer.{name}={there[name]}, and this command "
                     f"asks for {limit}: pass another --run_dir"
                 )
-        has_reached = all(there[name] == limit for name, limit in limits.items())
-        return has_reached and (there["tested"] or not test)
+        has_reached = all(there.get(name) == limit for name, limit in limits.items())
+        return has_reached and bool(there.get("tested") or not test)
 
     @rank_zero_only
     def mark_finished(self, trainer: pl.Trainer, tested: bool) -> None:

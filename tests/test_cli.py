@@ -71,7 +71,10 @@ BAD = {
     "survival above 1": ({"model__init_args__final_survival_prob": 1.5}, "outside (0, 1]"),
     "depth": ({NET + "depth": 21}, "depth 21 is not 6n+2: choose one such as"),
     "batch of 0": ({"data__init_args__batch_size": 0}, "batch_size is 0"),
-    "batch too large": ({"data__init_args__batch_size": 5000}, "5000 of the 1257 training images"),
+    "batch too large": (
+        {"data__init_args__batch_size": 5000},
+        "there are 1257 training images, and",
+    ),
     "other classes": ({NET + "num_classes": 7}, "set the network's num_classes to 10"),
     "NaN loss": (
         {"model__init_args__optimizer__init_args__lr": 1e30, "checkpoint__every_n_steps": 1},

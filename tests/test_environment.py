@@ -51,6 +51,11 @@ def test_own_commit_is_recorded_and_no_program_is_run(
     monkeypatch.setenv("GIT_DIR", str(project.parent / ".git"))
     assert environment.environment()["git_commit"] == commit
     assert not environment.environment()["git_changes"]
+    (project / "notes.txt").write_text("of no commit, and no code")
+    assert not environment.environment()["git_changes"]
+    (project / "method.py").write_text("of no commit")
+    assert environment.environment()["git_changes"]
+    (project / "method.py").unlink()
     (project / "file").write_text("changed")
     assert environment.environment()["git_changes"]
     assert not (project / "ran").exists()

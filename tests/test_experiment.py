@@ -49,7 +49,10 @@ OTHER_TRAINING = {
         "64 images per step (batch_size times processes), and this command has 32: set batch_size",
     ),
     "precision": (["--trainer.precision=bf16-mixed"], "precision is 32-true there and bf16-mixed"),
-    "average": ([EMA], "trainer.callbacks is None there and ["),
+    "average": (
+        [EMA],
+        "trainer.callbacks.EMAWeightAveraging.class is None there and pytorch_lightning.callbacks",
+    ),
     "schedule": (
         ["--model.init_args.lr_scheduler.init_args.milestones=[3]"],
         "milestones is [1, 2] there and [3] here",
@@ -236,6 +239,17 @@ def test_callbacks_that_observe_are_not_compared() -> None:
         callback("test_experiment.callback"),
     ):
         assert first_difference(bare, trained({"trainer": {"callbacks": each}}))
+
+
+def test_changed_argument_of_a_callback_is_named() -> None:
+    name = "pytorch_lightning.callbacks.EarlyStopping"
+    one, other = (
+        trained({"trainer": {"callbacks": [callback(name, monitor="val/acc", patience=n)] * 2}})
+        for n in (2, 3)
+    )
+    difference = "trainer.callbacks.EarlyStopping.patience is 2 there and 3 here"
+    assert first_difference(one, other) == difference
+    assert "trainer.callbacks.EarlyStopping1.patience" in one
 
 
 class Unknown:

@@ -46,6 +46,7 @@ def losses(method: str) -> list[float]:
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_losses_are_the_golden_ones(method: str) -> None:
     golden = yaml.safe_load(FILE.read_text())
+    assert method in golden["losses"], "a new method: write its losses down, see above"
     if golden["machine"] == machine():
         assert losses(method) == golden["losses"][method]
     else:  # other CPUs and versions round otherwise; another draw or order shows all the same

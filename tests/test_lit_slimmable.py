@@ -341,6 +341,14 @@ def test_sweep_tells_what_recalibration_is_worth(tmp_path: Path) -> None:
         assert [float(row[title]) for row in rows] == pytest.approx(values, abs=1.5 / 360)
 
 
+def test_full_is_the_whole_network() -> None:
+    """Whichever widths are asked for: a narrow one is never called full."""
+    module = LitUniversallySlimmable(network(), eval_widths=[0.3, 0.6])
+    assert list(module.operating_points()) == ["w0.3", "w0.6", "full"]
+    module = LitSlimmable(network(width_mults=[0.25, 0.5]), eval_widths=[0.25])
+    assert module.eval_widths == [0.25, 0.5]
+
+
 def test_sweep_needs_shared_bns(tmp_path: Path) -> None:
     module = LitSlimmable(network(width_mults=[0.5, 1.0]))
     trainer = make_trainer(tmp_path, callbacks=[RecalibrationSweep()])
