@@ -73,7 +73,7 @@ BAD = {
     "batch of 0": ({"data__init_args__batch_size": 0}, "batch_size is 0"),
     "batch too large": (
         {"data__init_args__batch_size": 5000},
-        "there are 1257 training images, and",
+        "there are 1257 training images; ",
     ),
     "other classes": ({NET + "num_classes": 7}, "set the network's num_classes to 10"),
     "NaN loss": (

@@ -282,7 +282,7 @@ def test_mistakes_are_explained_in_one_line(folder, tmp_path):
         ({"predict_dir": ""}, "predict_dir is empty: give a value, or leave it out"),
         ({"val_size": -1}, "val_size is -1: give 0 or"),
         ({"val_size": 12}, "val_size is 12 of 12 training images: lower it"),
-        ({"batch_size": 13}, "asks for 13 of the 12 training images"),
+        ({"batch_size": 13}, "there are 12 training images; batch_size times"),
     ):
         with pytest.raises(ValueError, match=message):
             ready(folder, **changes)
