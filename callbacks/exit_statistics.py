@@ -211,8 +211,8 @@ def panels(
     histogram: list[list[float]],
 ) -> dict[str, Any]:
     """Returns plots of accuracy against MACs and milliseconds, and the entropies of each exit."""
-    macs = wandb.Table(columns=["macs", "test_acc"], data=[[macs, acc] for *_, acc, macs in curve])
-    ms = wandb.Table(columns=["ms", "test_acc"], data=[[ms, acc] for acc, _, ms in curve_speed])
+    macs = Table(("macs", "test_acc"), ((macs, acc) for *_, acc, macs in curve)).to_wandb()
+    ms = Table(("ms", "test_acc"), ((ms, acc) for acc, _, ms in curve_speed)).to_wandb()
     edges = [row[0] for row in histogram] + [histogram[-1][1]]
     plots = {
         "exits/acc_against_macs": wandb.plot.line(

@@ -24,8 +24,12 @@ TRAINER = (
     "val_check_interval",
 )
 # Whole numbers are batches here, other numbers are shares: 1 is not 1.0, which is the default.
-LIMITS = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "overfit_batches": 0.0}
-LIMITS |= {"val_check_interval": 1.0}
+LIMITS = {
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "overfit_batches": 0.0,
+    "val_check_interval": 1.0,
+}
 CHECKPOINT = ("select", "monitor", "mode")
 # The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
 LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers", "predict_dir")

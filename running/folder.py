@@ -202,10 +202,7 @@ def check_trained(folder: Path, config: Config, complete: Complete) -> None:
     Raises:
         ValueError: names the first key that differs.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    difference = first_difference(trained(complete(_read(path))), trained(config))
+    difference = _difference(folder, config, complete, trained)
     if difference:
         raise ValueError(
             f"{folder} holds another experiment: {difference}: pass another --run_dir, or delete "
@@ -222,15 +219,19 @@ def check_evaluated(checkpoint: Path, config: Config, complete: Complete) -> Non
     Raises:
         ValueError: names the first key that differs.
     """
-    path = checkpoint.parent / "config.yaml"
-    if not path.exists():
-        return
-    difference = first_difference(evaluated(complete(_read(path))), evaluated(config))
+    difference = _difference(checkpoint.parent, config, complete, evaluated)
     if difference:
         raise ValueError(
             f"{checkpoint} is of another experiment: {difference}: use the YAML it was trained "
-            f"with, or {path}"
+            f"with, or {checkpoint.parent / 'config.yaml'}"
         )
+
+
+def _difference(
+    folder: Path, config: Config, complete: Complete, part: Callable[[Config], Config]
+) -> str | None:
+    path = folder / "config.yaml"
+    return first_difference(part(complete(_read(path))), part(config)) if path.exists() else None
 
 
 def _limits(trainer: pl.Trainer) -> dict[str, int]:
