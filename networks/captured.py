@@ -1,0 +1,135 @@
+"""Functions that are recorded once and run again on the same memory: CUDA graphs.
+
+A step of a deep, narrow network is thousands of kernels of a few microseconds, and a GPU waits for
+Python to launch them. A recorded function is one launch. On a CPU recording changes nothing, so a
+recorded function is called again, and what is built on it can be compared with eager code bit for
+bit.
+
+    recorder.warm_up(function);  replay = recorder.record(function);  result = replay()
+
+A recorded function takes no arguments: it reads tensors that stay where they are, and whoever calls
+it fills them first. Its result lies where it lay when it was recorded, so the next replay
+overwrites it.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from networks.choices import check_choice
+
+Capture = Literal["none", "graphs", "compiled"]
+"""How a network is run: kernel by kernel, as CUDA graphs, or as CUDA graphs of compiled blocks."""
+NUM_WARMUPS = 3
+T = TypeVar("T")
+
+
+def check_capture(capture: str) -> None:
+    """Raises ValueError if this is no way to run a network."""
+    check_choice("capture", capture, Capture)
+
+
+class Recorder:
+    """Records functions that share one pool of memory.
+
+    What one recorded function leaves behind another may overwrite, unless a tensor of it is still
+    held while the other is recorded. So they must be replayed in the order in which they were
+    recorded; some may be left out.
+
+    Args:
+        device: where the functions run.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.records = device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None
+
+    def warm_up(self, function: Callable[[], object]) -> None:
+        """Runs a function some times beside the main stream, as capture demands.
+
+        cuDNN chooses its kernels and libraries reserve their memory. Whatever the function changes
+        (statistics of BN, a generator's state) the caller puts back.
+        """
+        if not self.records:
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(NUM_WARMUPS):
+                function()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+
+    def record(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Returns what runs the function again and returns its result; see the module's page."""
+        if not self.records:
+            return function
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a loader's, a logger's) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            result = function()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class CapturedInference:
+    """A function without gradients, recorded for inputs of one shape.
+
+    Calling it copies the inputs to where the recording reads them, and returns what it writes: that
+    stays valid until the next call.
+
+    Args:
+        function: from a tree of tensors to a tree of tensors; the same kernels whatever the values.
+        example: inputs of the shape, type, memory format and device of those to come.
+        recorder: None: one of its own.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., object],
+        *example: object,
+        recorder: Recorder | None = None,
+    ):
+        tensors, self._structure = pytree.tree_flatten(example)
+        self.inputs = [tensor.clone() for tensor in tensors]
+        recorder = Recorder(tensors[0].device) if recorder is None else recorder
+
+        def run() -> object:
+            with torch.no_grad(), as_now():
+                return function(*pytree.tree_unflatten(self.inputs, self._structure))
+
+        as_now = autocast_as_now(tensors[0].device.type)
+        recorder.warm_up(run)
+        self.replay = recorder.record(run)
+
+    def __call__(self, *inputs: object) -> object:
+        for own, tensor in zip(self.inputs, pytree.tree_leaves(inputs), strict=True):
+            own.copy_(tensor)
+        return self.replay()
+
+
+def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager]:
+    """Returns what makes the present autocast again, without its cache of converted weights.
+
+    In a recording such a cache would hold tensors of the recording's memory.
+    """
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Returns channels_last for a tensor (N, C, H, W) that is laid out so, else the default."""
+    is_image = tensor.dim() == 4 and not tensor.is_contiguous()
+    if is_image and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
