@@ -110,6 +110,11 @@ class Block(nn.Module):
                 shortcut, in_channels, out_channels, stride, bias, norm=True
             )
 
+    @property
+    def closes_by_sample(self) -> bool:
+        """Whether the closed block treats every sample for itself; a BN does not."""
+        return not isinstance(self.downsample, nn.Sequential)
+
     def residual(self, x: Tensor) -> Tensor:
         raise NotImplementedError("each kind of block has a branch of its own")
 
@@ -208,6 +213,11 @@ class PreActivationBlock(nn.Module):
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, bias, False)
         self.shares_activation = self.downsample is not None
         self.bn1 = nn.BatchNorm2d(in_channels)
+
+    @property
+    def closes_by_sample(self) -> bool:
+        """Whether the closed block treats every sample for itself; a BN does not."""
+        return not self.shares_activation
 
     def activate(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(x), inplace=True)
