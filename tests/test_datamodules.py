@@ -54,6 +54,7 @@ def ready(rank=0, world_size=1, epoch=0, batch=0, **changes) -> Numbered:
         world_size=world_size,
         current_epoch=epoch,
         overfit_batches=0.0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
     data.setup("fit")
