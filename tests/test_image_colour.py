@@ -91,3 +91,11 @@ def test_the_memory_format_of_the_bytes_makes_no_difference(jitter):
         assert output.is_contiguous()
         assert output.dtype == torch.float32
         assert torch.equal(output, expected)
+
+
+def test_nothing_is_read_back_from_the_device():
+    """On this device, which has no memory, that would raise."""
+    numbers = torch.stack([colour_numbers(True, torch.ones(3), [(CONTRAST, 0.7)])] * 4)
+    transform = ColourTransform(MEAN, STD).to("meta")
+    output = transform(some_images(4).to("meta"), numbers.to("meta"))
+    assert output.shape == (4, 3, 7, 9)
