@@ -73,25 +73,26 @@ class ColourTransform(nn.Module):
         """
         images = images.contiguous()
         if numbers is None:
-            return torch.addcmul(self.shift, images.float(), self.scale)
-        columns = numbers[:, :, None, None, None].unbind(1)  # each (N, 1, 1, 1)
-        # Flipping all and choosing asks nothing back from a GPU, as finding those to flip would.
-        pixels = torch.where(columns[0] > 0, images.flip(3), images).float()
-        for step in range(NUM_FIRST, len(columns), 3):
-            pixels = jitter(pixels, *columns[step : step + 3])
-        shifted = pixels.add_(numbers[:, 1:NUM_FIRST, None, None]).clamp_(0, 255)
-        return torch.addcmul(self.shift, shifted, self.scale)
+            pixels = images.float()
+        else:
+            columns = numbers[:, :, None, None, None].unbind(1)  # each (N, 1, 1, 1)
+            # Flipping all and choosing asks nothing of a GPU, as finding those to flip would.
+            pixels = torch.where(columns[0] > 0, images.flip(3), images).float()
+            for step in range(NUM_FIRST, len(columns), 3):
+                jitter(pixels, *columns[step : step + 3])
+            pixels.add_(numbers[:, 1:NUM_FIRST, None, None]).clamp_(0, 255)
+        return torch.addcmul(self.shift, pixels, self.scale, out=pixels)
 
 
-def jitter(pixels: Tensor, factor: Tensor, of_grey: Tensor, of_mean: Tensor) -> Tensor:
-    """Takes one step, see the head of this file.
+def jitter(pixels: Tensor, factor: Tensor, of_grey: Tensor, of_mean: Tensor) -> None:
+    """Takes one step, see the head of this file, in place: a new tensor costs more than the step.
 
     Args:
-        pixels: float32 (N, 3, H, W) in 0..255; changed in place.
+        pixels: float32 (N, 3, H, W) in 0..255.
         factor, of_grey, of_mean: f, a and b, each (N, 1, 1, 1).
     """
     red, green, blue = pixels.split(1, dim=1)
     grey = (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
     mean = grey.mean((1, 2, 3), keepdim=True)
     base = torch.addcmul(mean * of_mean, grey, of_grey)
-    return torch.addcmul(base, pixels, factor, out=pixels).clamp_(0, 255)
+    torch.addcmul(base, pixels, factor, out=pixels).clamp_(0, 255)
