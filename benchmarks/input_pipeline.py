@@ -1,5 +1,6 @@
-"""Claims: augmented CIFAR training images, 30 times faster than the usual torchvision way; images
-of a folder, as far as the CPU is busy with them, 1.3 times faster.
+"""Claims: augmented CIFAR training images, 30 times faster than the usual torchvision way.
+
+And images of a folder, as far as a worker is busy with them, 1.3 times faster.
 
     python -m benchmarks.input_pipeline [--folder FOLDER [--image-size PIXELS]]
 

@@ -28,7 +28,7 @@ Pools = tuple[LabelledImages, LabelledImages]
 
 
 def has_room(pools: Pools, device: torch.device) -> bool:
-    """Returns whether pools may lie on a device: a GPU, of whose free memory they fill a quarter.
+    """Returns whether pools may lie on a device: a GPU with four times as much free memory.
 
     The rest is for the network, whose needs are not known yet.
     """
@@ -205,8 +205,8 @@ class InMemoryDataModule(ImageDataModule):
         """Yields batches from the device of the pool.
 
         Args:
-            pool: the images, and
-            indices: the rows in it of the samples, (num_samples,).
+            pool: all images, those of other splits included.
+            indices: the rows of the samples in it, (num_samples,).
             batches: the samples of each batch.
             numbers: what else belongs to each sample, (num_samples,).
         """

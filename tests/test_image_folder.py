@@ -199,23 +199,26 @@ def test_what_is_cut_out_is_what_torchvision_cuts_out():
     assert (ours[1:-1, 1:-1] == np.asarray(usual)[1:-1, 1:-1]).all()
 
 
-@pytest.mark.parametrize(("side", "reduction"), [(95, 1), (96, 2), (192, 4), (384, 8)])
-def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path, monkeypatch, side, reduction):
-    picture(3, (401, 399)).save(tmp_path / "a.jpg", quality=95)
+@pytest.mark.parametrize(
+    ("side", "reduction", "mode"),
+    [(95, 1, "RGB"), (96, 2, "RGB"), (192, 4, "L"), (192, 4, "CMYK"), (384, 8, "RGB")],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path, monkeypatch, side, reduction, mode):
+    picture(3, (401, 399)).convert(mode).save(tmp_path / "a.jpg", quality=95)
     box = (401 - side, 399 - side, 401, 399)
     decoded = []
-    load = Image.Image.resize
+    resize = Image.Image.resize
 
     def spy(image, *others, **options):
         decoded.append(image.size)
-        return load(image, *others, **options)
+        return resize(image, *others, **options)
 
     with opened(str(tmp_path / "a.jpg")) as image:
         monkeypatch.setattr(Image.Image, "resize", spy)
         ours = np.asarray(resized(image, box, 48), np.float32)
     assert decoded == [(-(-401 // reduction), -(-399 // reduction))]
     whole = Image.open(tmp_path / "a.jpg").convert("RGB")
-    expected = np.asarray(load(whole, (48, 48), Image.Resampling.BILINEAR, box=box), np.float32)
+    expected = np.asarray(resize(whole, (48, 48), Image.Resampling.BILINEAR, box=box), np.float32)
     assert np.abs(ours - expected).mean() < 1
     assert np.abs(ours - expected)[1:-1, 1:-1].max() < 5
 
