@@ -63,6 +63,7 @@ class CapturedNetwork:
         self.network, self.capture, self.say = network, capture, say
         self.run = network if run is None else run
         self.modules = list(network.modules())
+        self.hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
         if open_gates is None and isinstance(network, ResidualNetwork):
             open_gates = [1.0] * network.num_blocks
         self.open_gates = open_gates
@@ -114,7 +115,7 @@ class CapturedNetwork:
     def why_not(self, images: Tensor, gates: Tensor | None) -> str | None:
         if images.requires_grad:
             return "the images require gradients"
-        if any(any(hooks) for hooks in map(hooks_of, self.modules)):
+        if any(self.hooks):
             return "a module has a hook"
         if gates is None:
             return None
