@@ -101,14 +101,13 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor, memory_efficient: bool) -> list[Tensor]:
         """Returns the input (N, C, H, W) and what each layer adds to it (N, growth_rate, H, W)."""
-        layers = [layer.units() for layer in self.children()]
-        if memory_efficient and all(
-            recomputable(units, x) and not has_hooks(layer)
-            for units, layer in zip(layers, self.children(), strict=True)
-        ):
-            return recompute_layers(layers, x)
+        layers = list(self.children())
+        if memory_efficient and not any(has_hooks(layer) for layer in layers):
+            units = [layer.units() for layer in layers]
+            if all(recomputable(each, x) for each in units):
+                return recompute_layers(units, x)
         features = [x]
-        for layer in self.children():
+        for layer in layers:
             features.append(layer(features))
         return features
 

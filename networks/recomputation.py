@@ -190,7 +190,7 @@ def forward_unit(unit: Unit, x: Tensor) -> tuple[Tensor, Kept]:
     weight = noise = None
     if isinstance(then, nn.Conv2d):
         weight = as_autocast(then.weight)
-        y = y.to(weight.dtype)
+        y = as_type(y, weight.dtype)
         y = F.conv2d(y, weight, None, then.stride, then.padding, then.dilation, then.groups)
     else:
         y = then(y)
@@ -224,6 +224,10 @@ def as_autocast(weight: Tensor) -> Tensor:
     return weight
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[Tensor]:
     """Returns the gradients of x and of the parameters: convolution, bias and scale of the BN."""
     then, weight = unit.then, kept.weight
@@ -240,9 +244,9 @@ def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[T
         geometry = then.stride, then.padding, then.dilation, False, (0, 0), then.groups
         wanted = [True, then.weight.requires_grad, False]
         gradient, *of_weight, _ = aten.convolution_backward.default(
-            gradient, y.to(weight.dtype), weight, None, *geometry, wanted
+            gradient, as_type(y, weight.dtype), weight, None, *geometry, wanted
         )
-        gradient = gradient.to(y.dtype)
+        gradient = as_type(gradient, y.dtype)
     gradient = aten.threshold_backward.default(gradient, y, 0)
     gradient, of_scale, of_bias = aten._batch_norm_impl_index_backward.default(
         kept.kind,
@@ -274,7 +278,9 @@ def normalise_again(x: Tensor, kept: Kept, eps: float) -> tuple[Tensor, Tensor]:
         # In training and evaluation alike, the CPU computes a * x + (bias - a * mean) with
         # a = scale / std. With the std in the scale, evaluation has the same a.
         one = torch.ones_like(mean)
-        y = F.batch_norm(x, mean, one, scale * inverse_std, bias, eps=0.0)
+        y, *_ = torch._batch_norm_impl_index(
+            x, scale * inverse_std, bias, mean, one, False, 0.0, 0.0, False
+        )
     else:
         y, _, _, reserve, _ = torch._batch_norm_impl_index(
             x, scale, bias, None, None, True, 0.0, eps, kept.kind != NATIVE
