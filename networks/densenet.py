@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.bypass import has_hooks
 from networks.initialization import draw_weights
 from networks.recomputation import (
     Unit,
-    has_hooks,
     recomputable,
     recompute_layers,
     recompute_units,

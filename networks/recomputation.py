@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from networks.bypass import is_simple_conv, is_simple_norm
+
 aten = torch.ops.aten
 NATIVE = 0  # torch's own BN, neither cuDNN's nor MIOpen's
 
@@ -82,27 +84,10 @@ def recomputable(units: Sequence[Unit], x: Tensor) -> bool:
     if not torch.is_grad_enabled() or x.numel() == x.shape[1]:  # BN will refuse a single value
         return False
     return all(
-        type(norm) is nn.BatchNorm2d
-        and norm.training
-        and not (norm.weight is None or norm.running_mean is None or norm.momentum is None)
-        and not has_hooks(norm)
-        and (not isinstance(then, nn.Module) or is_simple(then))
+        is_simple_norm(norm)
+        and (not isinstance(then, nn.Module) or is_simple_conv(then))
         and drop_rate < 1
         for norm, then, drop_rate in units
-    )
-
-
-def is_simple(conv: nn.Module) -> bool:
-    is_conv = type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == "zeros"
-    return is_conv and not isinstance(conv.padding, str) and not has_hooks(conv)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
     )
 
 
@@ -203,7 +188,7 @@ def drop(x: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """Returns what `F.dropout` does, and what `drop_backward` needs."""
     if x.is_cuda:
         return torch.native_dropout(x, rate, True)
-    noise = torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate)
+    noise = F.dropout(torch.ones_like(x), rate)
     return x * noise, noise
 
 

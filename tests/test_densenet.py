@@ -1,15 +1,14 @@
 """Dense networks: the papers' counts, torchvision's numbers, and memory that changes no number."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from kernel_count import KernelCount
 from randomize import randomize
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import networks.densenet
 from benchmarks.densenet_memory import StorageWatch, kept_bytes
@@ -371,18 +370,6 @@ def test_memory_efficient_fine_tuning(network, frozen):
                 module.requires_grad_(False)
     images = make_images(network)
     assert_identical(step(memory_efficient(network), images), step(network, images))
-
-
-class KernelCount(TorchDispatchMode):
-    """Counts operations that compute something: neither views nor memory that is only reserved."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[func.name()] += not (func.is_view or "empty" in func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_kernels_of_a_step():
