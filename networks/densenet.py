@@ -133,7 +133,9 @@ class DenselyConnectedNetwork(nn.Module):
 
     Attributes:
         num_classes: number of logits.
-        memory_efficient: whether training trades time for memory; may change at any time.
+        memory_efficient: whether training trades time for memory; may change at any time. Gradients
+            then cannot be differentiated. Blocks are left as they are if one of their BN is in
+            evaluation mode or synchronises ranks, or a module has hooks or is not torch's own.
     """
 
     def __init__(

@@ -199,10 +199,7 @@ def drop_backward(gradient: Tensor, noise: Tensor, rate: float) -> Tensor:
 
 
 def as_autocast(weight: Tensor) -> Tensor:
-    """Returns the weight as a convolution under the present autocast reads it.
-
-    Autocast itself would keep what it converts without gradients for others, who need them.
-    """
+    """Returns the weight as a convolution under the present autocast reads it."""
     device_type = weight.device.type
     if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
         return weight.to(torch.get_autocast_dtype(device_type))
@@ -225,6 +222,7 @@ def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[T
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(then(leaf), leaf, gradient)
+        gradient = aten.threshold_backward.default(gradient, y, 0)
     else:
         geometry = then.stride, then.padding, then.dilation, False, (0, 0), then.groups
         wanted = [True, then.weight.requires_grad, False]
@@ -232,7 +230,7 @@ def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[T
             gradient, as_type(y, weight.dtype), weight, None, *geometry, wanted
         )
         gradient = as_type(gradient, y.dtype)
-    gradient = aten.threshold_backward.default(gradient, y, 0)
+        aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
     gradient, of_scale, of_bias = aten._batch_norm_impl_index_backward.default(
         kept.kind,
         x,

@@ -456,21 +456,6 @@ def test_modules_of_another_kind_are_called():
     assert_identical(step(memory_efficient(network), images), step(network, images))
 
 
-def test_autocast_keeps_no_weights_without_gradients():
-    """In its cache, others would find them, and their weights would have no gradient."""
-    network = make_network("bottleneck").float()
-    images = make_images(network).float()
-    expected = step(network, images, autocast=True)
-    network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        network.memory_efficient = True
-        network(images)
-        network.memory_efficient = False
-        loss_of(network(images)).backward()
-    for name, parameter in network.named_parameters():
-        assert torch.equal(parameter.grad, expected[f"{name}.grad"])
-
-
 def test_a_single_value_per_channel_is_refused():
     network = memory_efficient(CifarDenseNet(22, 4, bottleneck=True))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
