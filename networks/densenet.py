@@ -19,88 +19,20 @@ Differences from the released code:
       bottleneck and those of stem, transitions and head, and no convolution.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from networks.bypass import has_hooks
 from networks.initialization import draw_weights
-
-
-def concatenate(features: Sequence[Tensor]) -> Tensor:
-    return features[0] if len(features) == 1 else torch.cat(features, 1)
-
-
-class Recomputation:
-    """Computes the input and the activation of a BN again when backward asks for them.
-
-    `pack` and `unpack` are hooks for the tensors that autograd saves. Unlike a checkpoint, which
-    runs its layers twice, they leave forward alone: a BN counts its batch once, autocast and
-    dropout have done their work. As with a checkpoint, no error tells if weights change between
-    forward and backward.
-
-    Args:
-        features: what is concatenated, each (N, C_i, H, W). They are kept, but not copied.
-        norm: the BN, in training mode.
-
-    Attributes:
-        names: "input" or "activation" by the address where it lies; while forward runs.
-        statistics: mean and 1 / std of the input, see `saved_statistics`.
-    """
-
-    def __init__(self, features: Sequence[Tensor], norm: nn.BatchNorm2d):
-        self.features = tuple(features)  # the list of a block goes on growing
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.statistics: tuple[Tensor, Tensor] | None = None
-        self.names: dict[int, str] = {}
-        self.num_saved = Counter()
-        self.num_asked = Counter()
-        self.tensors: dict[str, Tensor] = {}
-
-    def pack(self, tensor: Tensor) -> Tensor | str:
-        name = self.names.get(tensor.data_ptr())
-        if name is None:
-            return tensor
-        self.num_saved[name] += 1
-        return name
-
-    def unpack(self, saved: Tensor | str) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        if saved not in self.tensors:
-            self.compute()
-        self.num_asked[saved] += 1
-        if self.num_asked[saved] % self.num_saved[saved] == 0:
-            return self.tensors.pop(saved)
-        return self.tensors[saved]
-
-    @torch.no_grad()
-    def compute(self) -> None:
-        x = concatenate(self.features)
-        if self.statistics is None:
-            y = F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        else:
-            # In training and evaluation alike, the CPU computes a * x + (bias - a * mean) with
-            # a = weight / std. With the std in the weight, evaluation has the same a.
-            mean, inverse_std = self.statistics
-            one = torch.ones_like(mean)
-            y = F.batch_norm(x, mean, one, self.weight * inverse_std, self.bias, eps=0.0)
-        self.tensors = {"input": x, "activation": F.relu(y, inplace=True)}
-
-
-def saved_statistics(y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns mean and 1 / std that BN keeps for its backward, if they give `y` again to the bit.
-
-    Only the CPU's BN does, on weights of 32 or 64 bits. It pays: finding the statistics takes
-    several times as long as normalising by them.
-    """
-    if y.device.type != "cpu" or y.grad_fn is None:
-        return None
-    mean, inverse_std = y.grad_fn._saved_result1, y.grad_fn._saved_result2
-    return (mean, inverse_std) if torch.finfo(mean.dtype).bits >= 32 else None
+from networks.recomputation import (
+    Unit,
+    recomputable,
+    recompute_layers,
+    recompute_units,
+    run_units,
+)
 
 
 def activate(
@@ -108,34 +40,17 @@ def activate(
     norm: nn.Module,
     then: Callable[[Tensor], Tensor],
     memory_efficient: bool,
+    drop_rate: float = 0.0,
 ) -> Tensor:
-    """Concatenates, normalises, applies ReLU and what comes `then`.
+    """Concatenates features (N, C_i, H, W), normalises, applies ReLU, what comes `then`, dropout.
 
     Args:
-        features: tensors (N, C_i, H, W).
-        norm: BN over the sum of C_i channels.
-        then: from (N, sum of C_i, H, W) to the output.
-        memory_efficient: what lies between `features` and `then` is computed again in backward.
-            Where it cannot be (BN in evaluation mode, or one that synchronises ranks), it is kept.
-
-    Returns:
-        ``then(ReLU(BN([features])))``.
+        memory_efficient: what lies between `features` and `then` is computed again in backward,
+            unless it is not `recomputable`.
     """
-    recomputable = isinstance(norm, nn.BatchNorm2d) and norm.training
-    if not (memory_efficient and recomputable and torch.is_grad_enabled()):
-        return then(F.relu(norm(concatenate(features)), inplace=True))
-
-    again = Recomputation(features, norm)
-    with saved_tensors_hooks(again.pack, again.unpack):
-        x = concatenate(features)
-        if len(features) > 1:
-            again.names = {x.data_ptr(): "input"}
-        y = norm(x)
-        again.statistics = saved_statistics(y)
-        # From here on the memory of x is free, and its address may be that of another tensor.
-        del x
-        again.names = {y.data_ptr(): "activation"}
-        return then(F.relu(y, inplace=True))
+    units = [Unit(norm, then, drop_rate)]
+    run = recompute_units if memory_efficient and recomputable(units, features[0]) else run_units
+    return run(units, features)
 
 
 def conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -157,14 +72,14 @@ class DenseLayer(nn.Module):
         else:
             self.conv1 = conv(in_channels, growth_rate, 3)
 
-    def forward(self, features: Sequence[Tensor], memory_efficient: bool) -> Tensor:
+    def units(self) -> list[Unit]:
+        drop_rate = self.drop_rate if self.training else 0.0
+        units = [Unit(self.norm1, self.conv1, drop_rate)]
+        return [*units, Unit(self.norm2, self.conv2, drop_rate)] if self.bottleneck else units
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Returns new features (N, growth_rate, H, W) from those before, each (N, C_i, H, W)."""
-        x = activate(features, self.norm1, self.conv1, memory_efficient)
-        x = F.dropout(x, self.drop_rate, self.training)
-        if self.bottleneck:
-            x = activate([x], self.norm2, self.conv2, memory_efficient)
-            x = F.dropout(x, self.drop_rate, self.training)
-        return x
+        return run_units(self.units(), features)
 
 
 class DenseBlock(nn.Module):
@@ -186,9 +101,14 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor, memory_efficient: bool) -> list[Tensor]:
         """Returns the input (N, C, H, W) and what each layer adds to it (N, growth_rate, H, W)."""
+        layers = list(self.children())
+        if memory_efficient and not any(has_hooks(layer) for layer in layers):
+            units = [layer.units() for layer in layers]
+            if all(recomputable(each, x) for each in units):
+                return recompute_layers(units, x)
         features = [x]
-        for layer in self.children():
-            features.append(layer(features, memory_efficient))
+        for layer in layers:
+            features.append(layer(features))
         return features
 
 
@@ -202,8 +122,10 @@ class Transition(nn.Module):
         self.conv = conv(in_channels, out_channels, 1)
 
     def forward(self, features: Sequence[Tensor], memory_efficient: bool) -> Tensor:
-        x = activate(features, self.norm, self.conv, memory_efficient)
-        return F.avg_pool2d(F.dropout(x, self.drop_rate, self.training), 2)
+        drop_rate = self.drop_rate if self.training else 0.0
+        return F.avg_pool2d(
+            activate(features, self.norm, self.conv, memory_efficient, drop_rate), 2
+        )
 
 
 class DenselyConnectedNetwork(nn.Module):
@@ -211,7 +133,9 @@ class DenselyConnectedNetwork(nn.Module):
 
     Attributes:
         num_classes: number of logits.
-        memory_efficient: whether training trades time for memory; may change at any time.
+        memory_efficient: whether training trades time for memory; may change at any time. Gradients
+            then cannot be differentiated. Blocks are left as they are if one of their BN is in
+            evaluation mode or synchronises ranks, or a module has hooks or is not torch's own.
     """
 
     def __init__(

@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from networks.bypass import ConvLayer, count_batch
 from networks.choices import check_choice
 from networks.early_exit import MultiExitNetwork
 from networks.initialization import draw_weights
@@ -44,21 +45,28 @@ Prune = Literal["max", "min"]
 Variant = Literal["cifar", "imagenet"]
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Sequential:
+def conv_bn_relu(in_channels: int, out_channels: int, size: int, stride: int = 1) -> ConvLayer:
     """Returns a convolution with padding and no bias, a BN and a ReLU."""
-    return nn.Sequential(
+    return ConvLayer(
         nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
 
 
-def branch(in_channels: int, out_channels: int, factor: int, stride: int = 1) -> nn.Sequential:
+class Branch(nn.Sequential):
+    """Layers one after the other."""
+
+    def forward(self, x: Tensor, counters: list[Tensor]) -> Tensor:
+        for layer in self:
+            x = layer(x, counters)
+        return x
+
+
+def branch(in_channels: int, out_channels: int, factor: int, stride: int = 1) -> Branch:
     """Returns a 1x1 bottleneck of at most ``factor * out_channels`` channels, and a 3x3 layer."""
     width = min(in_channels, factor * out_channels)
-    return nn.Sequential(
-        conv_bn_relu(in_channels, width, 1), conv_bn_relu(width, out_channels, 3, stride)
-    )
+    return Branch(conv_bn_relu(in_channels, width, 1), conv_bn_relu(width, out_channels, 3, stride))
 
 
 class Cell(nn.Module):
@@ -76,11 +84,11 @@ class Cell(nn.Module):
         self.normal = normal
         self.transition = transition
 
-    def forward(self, x: Tensor, finer: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, finer: Tensor | None, counters: list[Tensor]) -> Tensor:
         """Returns features of the same size as x (N, C, H, W); `finer` is (N, C', 2H, 2W)."""
-        down = () if self.down is None else (self.down(finer),)
-        x = torch.cat([x, *down, self.normal(x)], 1)
-        return x if self.transition is None else self.transition(x)
+        down = () if self.down is None else (self.down(finer, counters),)
+        x = torch.cat([x, *down, self.normal(x, counters)], 1)
+        return x if self.transition is None else self.transition(x, counters)
 
 
 def make_layer(
@@ -121,7 +129,11 @@ class CoarseExit(nn.Sequential):
     """An exit: its layers read the coarsest scale."""
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return super().forward(features[-1])
+        x, counters = features[-1], []
+        for layer in self:
+            x = layer(x, counters) if isinstance(layer, ConvLayer) else layer(x)
+        count_batch(counters)
+        return x
 
 
 def make_stem(in_channels: int, widths: Sequence[int], variant: Variant) -> nn.ModuleList:
@@ -353,12 +365,17 @@ class MSDNet(MultiExitNetwork):
         return [lambda images: first(self._enter(images)), *others]
 
     def _enter(self, x: Tensor) -> list[Tensor]:
-        return [x := layer(x) for layer in self.stem]
+        counters = []
+        state = [x := layer(x, counters) for layer in self.stem]
+        count_batch(counters)
+        return state
 
     def _run(self, plan: Plan, state: Sequence[Tensor]) -> list[Tensor]:
         num_scales = len(self.stem)
         features = dict(zip(range(num_scales - len(state), num_scales), state, strict=True))
+        counters = []
         for layer, scale in plan.cells:
             cell = self.layers[layer][f"scale{scale}"]
-            features[scale] = cell(features[scale], features.get(scale - 1))
+            features[scale] = cell(features[scale], features.get(scale - 1), counters)
+        count_batch(counters)
         return [features[scale] for scale in range(plan.finest, num_scales)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from kernel_count import KernelCount
 from randomize import randomize
 from torch import Tensor, nn
 
@@ -324,12 +325,14 @@ def test_one_step_is_one_update_of_the_running_statistics(network):
     """A checkpoint that runs a BN twice moves them by 0.19 instead of 0.1 of the way."""
     efficient = memory_efficient(network)
     batches = {}
-    norms = {n: m for n, m in efficient.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    for name, norm in norms.items():
-        norm.register_forward_pre_hook(lambda _, x, name=name: batches.update({name: x[0].clone()}))
+    for name, norm in network.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_hook(lambda _, x, y, name=name: batches.update({name: x[0]}))
     before = {name: buffer.clone() for name, buffer in efficient.named_buffers()}
+    step(network, make_images(network))
     step(efficient, make_images(efficient))
-    for name, norm in norms.items():
+    for name in batches:
+        norm = efficient.get_submodule(name)
         mean, var = batches[name].mean((0, 2, 3)), batches[name].var((0, 2, 3))
         expected_mean = 0.9 * before[f"{name}.running_mean"] + 0.1 * mean
         expected_var = 0.9 * before[f"{name}.running_var"] + 0.1 * var
@@ -367,6 +370,96 @@ def test_memory_efficient_fine_tuning(network, frozen):
                 module.requires_grad_(False)
     images = make_images(network)
     assert_identical(step(memory_efficient(network), images), step(network, images))
+
+
+def test_kernels_of_a_step():
+    """What is computed again is paid by gradients that are added up in one kernel per layer."""
+    plain = CifarDenseNet(100, bottleneck=True, compression=0.5)
+    counts = []
+    for network in (plain, memory_efficient(plain)):
+        with KernelCount() as count:
+            loss_of(network(torch.randn(2, 3, 8, 8))).backward()
+        counts.append(count.names)
+    plain, efficient = counts
+    assert efficient.total() <= plain.total()
+    # The CPU alone needs two small kernels more for each BN that it computes again.
+    assert efficient["aten::ones_like"] + efficient["aten::mul.Tensor"] == 2 * 99 + 1
+    for name, again in [("cat", 48 + 3), ("relu_", 99), ("native_batch_norm", 99)]:
+        assert efficient[f"aten::{name}"] == plain[f"aten::{name}"] + again
+    for name in ("convolution", "convolution_backward", "threshold_backward"):
+        assert efficient[f"aten::{name}"] == 99
+    assert plain["aten::add.Tensor"] == 408
+    assert efficient["aten::add.Tensor"] == 0
+    assert efficient["aten::add_.Tensor"] == 48
+    assert efficient["aten::_foreach_add_.Scalar"] == 6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_can_be_asked_for(network, autocast):
+    """As a recorded backward does: of all parameters at once, into no `.grad`."""
+    network.float().memory_efficient = True
+    images = make_images(network).float()
+    expected = step(network, images, autocast)
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = loss_of(network(images))
+    actual = torch.autograd.grad(loss, list(network.parameters()))
+    names = [name for name, _ in network.named_parameters()]
+    assert_identical(
+        dict(zip(names, actual, strict=True)), {name: expected[f"{name}.grad"] for name in names}
+    )
+
+
+def test_what_backward_cannot_do_is_an_error():
+    network = memory_efficient(make_network("bottleneck"))
+    parameters = list(network.parameters())
+    loss = loss_of(network(make_images(network)))
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(each.sum() for each in gradients).backward()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    loss = loss_of(network(make_images(network)))
+    with torch.no_grad():
+        network.features["denseblock1"].denselayer1.conv1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["norm2", "conv1", ""])
+def test_hooks_are_called(name):
+    """Then the block keeps what it would compute again; no number changes."""
+    network = make_network("bottleneck")
+    images = make_images(network)
+    expected = step(network, images)
+    efficient, seen = memory_efficient(make_network("bottleneck")), []
+    layer = efficient.features["denseblock2"].denselayer2
+    hook = layer.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    fewer = kept_bytes(efficient, images)
+    assert seen
+    hook.remove()
+    assert kept_bytes(efficient, images) < fewer
+    efficient = memory_efficient(make_network("bottleneck"))
+    layer = efficient.features["denseblock2"].denselayer2
+    layer.conv1.register_full_backward_hook(lambda *_: seen.append("backward"))
+    assert_identical(step(efficient, images), expected)
+    assert seen[-1] == "backward"
+
+
+def test_modules_of_another_kind_are_called():
+    network = make_network("bottleneck")
+    layer = network.features["denseblock2"].denselayer1
+    layer.conv1 = nn.Sequential(layer.conv1, nn.Hardtanh())
+    layer.norm2.momentum = None  # a cumulative average
+    images = make_images(network)
+    assert_identical(step(memory_efficient(network), images), step(network, images))
+
+
+def test_a_single_value_per_channel_is_refused():
+    network = memory_efficient(CifarDenseNet(22, 4, bottleneck=True))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network(torch.zeros(1, 3, 4, 4))
 
 
 def test_backward_can_be_repeated(network):

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_count import KernelCount
 from torch import Tensor, nn
 
+from benchmarks.msdnet_step import PlainMSDNet, total_loss
 from networks import (
     MSDNet,
     Staged,
@@ -707,6 +709,80 @@ def test_the_trunk_is_all_but_the_early_exits():
     assert torch.equal(network(images)[-1], source(images)[-1])
     for exit_here, before in zip(network.exits, early, strict=False):
         torch.testing.assert_close(exit_here.state_dict(), before.state_dict(), rtol=0, atol=0)
+
+
+# --- Training calls functions instead of modules ---
+
+
+def train_once(network: MSDNet, autocast: bool = False) -> dict[str, Tensor]:
+    """Returns everything that a step leaves behind."""
+    network.zero_grad()
+    images = make_images(side=19).to(network.stem[0][0].weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = network(images)
+        loss = sum(F.cross_entropy(each, torch.arange(BATCH_SIZE)) for each in logits)
+    loss.backward()
+    return {
+        **{str(index): each.detach() for index, each in enumerate(logits)},
+        **{f"{name}.grad": parameter.grad for name, parameter in network.named_parameters()},
+        **{name: buffer.clone() for name, buffer in network.named_buffers()},
+    }
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_is_that_of_modules_with_hooks(name, lazy, autocast):
+    """A module that has hooks is called; outputs, gradients and statistics are the same bits."""
+    if autocast and name == "imagenet":
+        pytest.skip("oneDNN's bf16 gradients of its exits differ from run to run")
+    network = build(name, lazy).train()
+    if autocast:
+        network.float()
+    twin, called = copy.deepcopy(network), set()
+    for key, module in twin.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, key=key: called.add(key))
+    actual, expected = train_once(network, autocast), train_once(twin, autocast)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert called == {key for key, module in twin.named_modules() if not list(module.children())}
+    counters = [value for key, value in actual.items() if key.endswith("num_batches_tracked")]
+    assert counters
+    assert all(counter == 1 for counter in counters)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_other_modules_are_called(part):
+    """A frozen BN counts nothing; another convolution or activation is what it is."""
+    network = build("max").train()
+    layer = network.layers[0]["scale1"].down[1]
+    if part == 0:
+        layer[0] = nn.Sequential(layer[0], nn.Tanh())
+    elif part == 1:
+        layer[1].eval()
+    else:
+        layer[2] = nn.Tanh()
+    twin = copy.deepcopy(network)
+    for module in twin.modules():
+        module.register_forward_pre_hook(lambda *_: None)
+    torch.testing.assert_close(train_once(network), train_once(twin), rtol=0, atol=0)
+    assert layer[1].num_batches_tracked == (part != 1)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_kernels_of_a_step(lazy):
+    """Those of the network in plain PyTorch, without one for the count of each BN's batches."""
+    network = MSDNet(num_blocks=5, base=1, step=1, step_mode="lin_grow", lazy=lazy)
+    counts = []
+    for each in (network, PlainMSDNet()):
+        with KernelCount() as count:
+            total_loss(each, torch.randn(2, 3, 32, 32), torch.arange(2)).backward()
+        counts.append(count.names)
+    ours, plain = counts
+    assert ours["aten::convolution"] == plain["aten::convolution"] == 110
+    assert ours["aten::cat"] == plain["aten::cat"] == 30
+    assert ours["aten::_foreach_add_.Scalar"] == 1 + 5 + 5  # stem, stages and exits
+    assert ours.total() == plain.total() - 110 + 11
 
 
 # --- Other sizes, classes, channels; what is refused ---
