@@ -5,7 +5,6 @@ import copy
 import io
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 
@@ -92,8 +91,7 @@ def fit(net: CifarResNet, capture: str, data: LightningDataModule, setting: Sett
     if capture != "none" and not hasattr(module, "capture"):
         raise AttributeError("LightningModules have no attribute `capture`")
     module.capture = capture
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             accelerator="gpu" if setting.device.type == "cuda" else "cpu",
             devices=1,
