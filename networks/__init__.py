@@ -1,6 +1,8 @@
 """Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
+from networks.captured import Capture, CapturedInference, Recorder, check_capture
+from networks.captured_network import CapturedNetwork
 from networks.choices import check_choice
 from networks.cost import (
     NUM_TIMED_ROUNDS,
@@ -59,6 +61,9 @@ __all__ = [
     "BranchyAlexNet",
     "BranchyLeNet",
     "BranchyResNet",
+    "Capture",
+    "CapturedInference",
+    "CapturedNetwork",
     "CifarDenseNet",
     "CifarResNet",
     "Criterion",
@@ -66,6 +71,7 @@ __all__ = [
     "ExitCosts",
     "MSDNet",
     "MultiExitNetwork",
+    "Recorder",
     "ResNet",
     "ResNetWithExits",
     "ResidualNetwork",
@@ -81,6 +87,7 @@ __all__ = [
     "SwitchableBatchNorm2d",
     "WidthMult",
     "check_budget",
+    "check_capture",
     "check_choice",
     "check_criterion",
     "check_thresholds",
