@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
@@ -55,8 +56,9 @@ class ImageDataModule(LightningDataModule):
     loader has the length of the full epoch, and its iterator starts at the batch that the trainer
     has reached.
 
-    Batches travel to the device as bytes, ``(images, labels[, views])``, and are normalised, and in
-    training flipped and cropped, there.
+    A batch, ``(images, labels[, numbers])``, comes to the device as bytes, with the numbers that
+    chance gave to each of its training images. It is augmented and normalised there, and nothing in
+    that makes the host wait for a GPU.
 
     The fields are the arguments. A subclass names, as a dataclass, only those that it adds or whose
     default it changes, checks them in `__post_init__`, and defines the attributes and
@@ -74,7 +76,8 @@ class ImageDataModule(LightningDataModule):
         image_shape: (C, H, W) of what the steps receive.
         predict_names: a name for each image that `predict` gives to this rank, in their order; set
             by `setup`.
-        transform: what happens to a batch on the device, a `BatchTransform`; set by `setup`.
+        transform: what happens on the device to a batch's images and numbers, a `BatchTransform` or
+            `ColourTransform`; set by `setup`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -116,6 +119,11 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     @property
+    def root_device(self) -> torch.device:
+        """Where the steps of this rank run."""
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    @property
     def num_train_batches(self) -> int:
         """Batches of a full training epoch on this rank."""
         return num_training_batches(
@@ -146,7 +154,7 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.current_epoch, num_done % self.num_train_batches
 
     def train_epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yields this rank's batches of an epoch, before they are moved to the device.
+        """Yields this rank's batches of an epoch, which need not be on the device yet.
 
         Under ``trainer.overfit_batches`` the order is that of epoch 0 in every epoch, so that the
         batches that are left hold the same images; how they are augmented goes on changing.
@@ -182,7 +190,7 @@ class ImageDataModule(LightningDataModule):
         return EpochLoader(len(batches), lambda: self.load_eval(batches, split))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        images, labels, *views = batch
+        images, labels, *numbers = batch
         if self.transform.shift.device != images.device:
             self.transform.to(images.device)
-        return self.transform(images, *views), labels
+        return self.transform(images, *numbers), labels

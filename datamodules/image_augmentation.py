@@ -1,7 +1,9 @@
-"""Augmentation of large images, one at a time, as a pure function of (image, key).
+"""How large images are augmented: which part of one is shown, and the numbers of its colours.
 
-The transforms are torchvision's. They draw from torch's global generator, which is set to the key's
-state for the duration of one image and then restored.
+What is drawn here for one image is a pure function of (its size, key). `datamodules.image_files`
+cuts the part out, and `datamodules.image_colour` does all that is left, on the device. The draws
+are those of torchvision's transforms, in their order: from torch's global generator, which is set
+to the key's state for one image and then restored.
 
 "resize_crop"  (He et al. 2015) short side random in [256, 480], random crop of 224, flip, and a
                shift of colour along the principal components (PCA).
@@ -24,77 +26,87 @@ Differences from the released code:
       where it is invisible; here it has its full size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms import functional
 
 from chance import generator
+from datamodules.image_colour import colour_numbers
+from datamodules.image_files import Box
 
 Augmentation = Literal["resize_crop", "inception", "mobile", "none"]
-Transform = Callable[[Image.Image], Image.Image]
+Draw = Callable[[Image.Image], tuple[Box, Tensor]]
+"""From an image, of which only the size is looked at, to the part to show and colour numbers."""
 
-# Krizhevsky et al. 2012: principal components of ImageNet's colours in 0..1, one per column.
-PCA_STD = torch.tensor([0.2175, 0.0188, 0.0045])
-PCA_COMPONENTS = torch.tensor(
-    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-)
+JITTER = (0.6, 1.4)  # brightness, contrast and saturation by up to 0.4
+ASPECTS = (3 / 4, 4 / 3)
 
 
-def add_pca_colour(image: Image.Image) -> Image.Image:
-    """Shifts all colours along ImageNet's principal components, by N(0, 0.1) of each."""
-    shift = PCA_COMPONENTS @ (PCA_STD * torch.randn(3) * 0.1) * 255
-    pixels = np.asarray(image, dtype=np.float32) + shift.numpy()
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-
-
-class RandomShortSide:
-    """Resizes so that the short side is random in [low, high] pixels."""
-
-    def __init__(self, low: int, high: int):
-        self.low = low
-        self.high = high
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return functional.resize(image, int(torch.randint(self.low, self.high + 1, ())))
-
-
-def evaluation_transform(image_size: int) -> Transform:
+def evaluation_transform(image_size: int) -> Callable[[Image.Image], Image.Image]:
     """Resizes the short side to 256 (for 224) and takes the centre."""
     return transforms.Compose(
         [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
     )
 
 
-def training_transform(augmentation: Augmentation, image_size: int) -> Transform:
-    """Returns a transform that draws from torch's global generator.
+def draw_resize_crop(image: Image.Image, image_size: int) -> tuple[Box, Tensor]:
+    low, high = round(image_size * 256 / 224), round(image_size * 480 / 224)
+    short = _random_integer(low, high)
+    # The image, resized, has these sides, and shows a square of them.
+    width, height = (int(short * side / min(image.size)) for side in image.size)
+    top, left = (_random_integer(0, side - image_size) for side in (height, width))
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + image_size) * across, (top + image_size) * down)
+    flip = bool(torch.rand(1) < 0.5)
+    return box, colour_numbers(flip, torch.randn(3))
+
+
+def draw_resized_crop(image: Image.Image, smallest: float) -> tuple[Box, Tensor]:
+    top, left, height, width = transforms.RandomResizedCrop.get_params(
+        image, [smallest, 1.0], list(ASPECTS)
+    )
+    order, *factors, _ = transforms.ColorJitter.get_params(JITTER, JITTER, JITTER, None)
+    jitter = [(kind, factors[kind]) for kind in order.tolist() if kind < len(factors)]
+    normal = torch.randn(3)
+    flip = bool(torch.rand(1) < 0.5)
+    return (left, top, left + width, top + height), colour_numbers(flip, normal, jitter)
+
+
+def training_draw(augmentation: Augmentation, image_size: int) -> Draw | None:
+    """Returns what draws for one training image, from torch's global generator.
+
+    None stands for "none": the transform of evaluation.
 
     Raises:
         ValueError: `augmentation` is not one of the four.
     """
-    flip = transforms.RandomHorizontalFlip()
-    if augmentation == "none":
-        return evaluation_transform(image_size)
-    if augmentation == "resize_crop":
-        low, high = round(image_size * 256 / 224), round(image_size * 480 / 224)
-        crop = transforms.RandomCrop(image_size)
-        return transforms.Compose([RandomShortSide(low, high), crop, flip, add_pca_colour])
-    smallest = {"inception": 0.08, "mobile": 0.25}
-    if augmentation not in smallest:
+    draws = {
+        "resize_crop": partial(draw_resize_crop, image_size=image_size),
+        "inception": partial(draw_resized_crop, smallest=0.08),
+        "mobile": partial(draw_resized_crop, smallest=0.25),
+        "none": None,
+    }
+    if augmentation not in draws:
         raise ValueError(
             f"augmentation is {augmentation!r}: give resize_crop, inception, mobile or none"
         )
-    crop = transforms.RandomResizedCrop(image_size, scale=(smallest[augmentation], 1))
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4)
-    return transforms.Compose([crop, jitter, add_pca_colour, flip])
+    return draws[augmentation]
 
 
-def apply_keyed(transform: Transform, image: Image.Image, *key: int | str) -> Image.Image:
-    """Applies a random transform as a function of (image, key)."""
+@contextmanager
+def keyed(*key: int | str) -> Iterator[None]:
+    """Draws from torch's global generator are, meanwhile, a function of the key."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(*key).get_state())
-        return transform(image)
+        yield
+
+
+def _random_integer(low: int, high: int) -> int:
+    """Draws from low to high, both included."""
+    return int(torch.randint(low, high + 1, ()))

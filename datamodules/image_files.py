@@ -5,6 +5,8 @@ forever. What is hidden (".ipynb_checkpoints", "._cat.jpg") is no class and no i
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +15,9 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 TIFF_BITS_PER_SAMPLE = 258  # the number of that tag
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of an image, in pixels."""
 
 
 def list_classes(folder: Path) -> list[str]:
@@ -100,23 +105,20 @@ def _fail(error: OSError) -> NoReturn:
     raise error
 
 
-def decode(path: str) -> Image.Image:
-    """Reads an image as RGB of 8 bits.
-
-    Of 16 bits per channel the upper 8 are kept. Palettes, grey, black and white, CMYK and the like
-    become what Pillow converts them to. Alpha is dropped: a transparent pixel shows the colour that
-    is stored in it.
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """Opens an image, of which the head is read at once and the pixels when they are asked for.
 
     Raises:
-        ValueError: it cannot be decoded, or not to 8 bits without guessing its range, or it has
-            more pixels than Pillow takes for harmless; names the path.
+        ValueError: what is done with it fails, or it has more pixels than Pillow takes for
+            harmless; names the path.
     """
     try:
         with Image.open(path) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"its {image.width}x{image.height} pixels are more than {limit}")
-            return _to_rgb(image)
+            yield image
     except Exception as error:  # what Pillow raises differs with the damage
         reason = str(error).replace(f" {path!r}", "")
         raise ValueError(
@@ -124,7 +126,26 @@ def decode(path: str) -> Image.Image:
         ) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def decode(path: str) -> Image.Image:
+    """Reads an image as RGB of 8 bits, see `to_rgb`.
+
+    Raises:
+        ValueError: it cannot be decoded; names the path.
+    """
+    with opened(path) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the pixels of an opened image as RGB of 8 bits.
+
+    Of 16 bits per channel the upper 8 are kept. Palettes, grey, black and white, CMYK and the like
+    become what Pillow converts them to. Alpha is dropped: a transparent pixel shows the colour that
+    is stored in it.
+
+    Raises:
+        ValueError: it cannot become 8 bits without guessing its range.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):  # Pillow would clip everything above 255 to white
@@ -136,4 +157,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")  # which Pillow advises in a warning, for each image anew
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies, needed or not
+
+
+def resized(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """Returns a part of an opened image as RGB of (size, size), bilinear with antialiasing.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper, where the part then still
+    has `size` pixels or more in both directions.
+    """
+    left, top, right, bottom = box
+    width, height = image.size
+    shortest = min(right - left, bottom - top)
+    wanted = next((n for n in (8, 4, 2) if shortest >= n * size), 1)
+    draft = image.draft(None, (width // wanted, height // wanted))  # None if it is no JPEG
+    reduction = width / draft[1][2] if draft else 1.0
+    part = tuple(side / reduction for side in box)
+    return to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=part)

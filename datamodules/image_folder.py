@@ -8,23 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 import preemption
 from chance import generator
-from datamodules.augmentation import BatchTransform
 from datamodules.base import Batch, ImageDataModule, Split, require
 from datamodules.image_augmentation import (
     Augmentation,
-    Transform,
-    apply_keyed,
+    Draw,
     evaluation_transform,
-    training_transform,
+    keyed,
+    training_draw,
 )
-from datamodules.image_files import decode, list_all, list_classes, list_labelled
-from datamodules.normalization import per_channel
+from datamodules.image_colour import ColourTransform
+from datamodules.image_files import list_all, list_classes, list_labelled, opened, resized, to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,19 +35,25 @@ class ImageFiles(Dataset):
 
     Args:
         samples: path and label of every image.
-        transform: from an image to one of `image_size` x `image_size`.
-        seed: for a random transform, whose draws are keyed by (seed, epoch, index); None:
-            `transform` draws nothing.
+        image_size: height and width of what comes out.
+        draw: chooses the part of an image to show and its colours; None: the centre as it is.
+        seed: the draws are keyed by (seed, epoch, index).
     """
 
     def __init__(
-        self, samples: list[tuple[str, int]], transform: Transform, seed: int | None = None
+        self,
+        samples: list[tuple[str, int]],
+        image_size: int,
+        draw: Draw | None = None,
+        seed: int = 0,
     ):
         # Two arrays instead of a million Python objects, whose reference counts would make every
         # worker copy them.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels = torch.tensor([label for _, label in samples])
-        self.transform = transform
+        self.image_size = image_size
+        self.centre = evaluation_transform(image_size)
+        self.draw = draw
         self.seed = seed
 
     def __len__(self) -> int:
@@ -58,15 +63,22 @@ class ImageFiles(Dataset):
         """Returns the paths; bytes that are no UTF-8 are escaped, so that they can be written."""
         return [path.decode(errors="backslashreplace") for path in self.paths]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Returns a uint8 (3, H, W) image and its label, for a key (epoch, index)."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Returns, for a key (epoch, index), an image, its label, and its numbers if it has any.
+
+        The image is uint8 (H, W, 3), as Pillow stores it: the device puts the channels first.
+        """
         epoch, index = key
-        image = decode(os.fsdecode(self.paths[index]))
-        if self.seed is None:
-            image = self.transform(image)
-        else:
-            image = apply_keyed(self.transform, image, "augmentation", self.seed, epoch, index)
-        return pil_to_tensor(image), self.labels[index]
+        with opened(os.fsdecode(self.paths[index])) as image:
+            if self.draw is None:
+                return as_tensor(self.centre(to_rgb(image))), self.labels[index]
+            with keyed("augmentation", self.seed, epoch, index):
+                box, numbers = self.draw(image)
+            return as_tensor(resized(image, box, self.image_size)), self.labels[index], numbers
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image))
 
 
 def start_worker(worker: int) -> None:
@@ -79,9 +91,9 @@ def start_worker(worker: int) -> None:
 class ImageFolderDataModule(ImageDataModule):
     """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` tests.
 
-    Workers decode and augment; batches go to the device as bytes and are normalised there, by
-    ImageNet's mean and std. Lightning does not see the torch DataLoader inside, so it needs no
-    ``use_distributed_sampler=False``.
+    Workers decode, crop and resize; flips, colours and ImageNet's mean and std are left to the
+    device, see `datamodules.image_colour`. Lightning does not see the torch DataLoader inside, so
+    it needs no ``use_distributed_sampler=False``.
 
     Args:
         data_dir: the folder.
@@ -112,7 +124,7 @@ class ImageFolderDataModule(ImageDataModule):
             f"num_workers is {self.num_workers}: give 0 or a number of processes",
         )
         self.image_shape = (3, self.image_size, self.image_size)
-        self.train_transform = training_transform(self.augmentation, self.image_size)
+        self._draw = training_draw(self.augmentation, self.image_size)
         self._splits: dict[Split, tuple[ImageFiles, Tensor]] = {}
 
     @cached_property
@@ -126,9 +138,9 @@ class ImageFolderDataModule(ImageDataModule):
     def setup(self, stage: str) -> None:
         if not self._splits:
             self._splits = self._find_splits()
-            means, stds = ([255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
-            statistics = per_channel(means, stds, self.image_size, self.image_size)
-            self.transform = BatchTransform(*statistics, padding=0)
+            self.transform = ColourTransform(
+                *([255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            )
         files, _ = self._splits["predict"]
         self.predict_names = files.names()[self.rank :: self.world_size]
         self.check_batch_size()
@@ -147,13 +159,13 @@ class ImageFolderDataModule(ImageDataModule):
             f"val_size is {self.val_size} of {len(train)} training images: lower it",
         )
         order = torch.randperm(len(train), generator=generator("split", self.split_seed))
-        still = evaluation_transform(self.image_size)
+        size = self.image_size
         val_indices = order[: self.val_size] if self.val_size else torch.arange(len(val))
         return {
-            "train": (ImageFiles(train, self.train_transform, self.seed), order[self.val_size :]),
-            "val": (ImageFiles(train if self.val_size else val, still), val_indices),
-            "test": (ImageFiles(test, still), torch.arange(len(test))),
-            "predict": (ImageFiles(predict, still), torch.arange(len(predict))),
+            "train": (ImageFiles(train, size, self._draw, self.seed), order[self.val_size :]),
+            "val": (ImageFiles(train if self.val_size else val, size), val_indices),
+            "test": (ImageFiles(test, size), torch.arange(len(test))),
+            "predict": (ImageFiles(predict, size), torch.arange(len(predict))),
         }
 
     def num_samples(self, split: Split) -> int:
@@ -173,14 +185,15 @@ class ImageFolderDataModule(ImageDataModule):
             batch_sampler=([(epoch, row) for row in indices[batch].tolist()] for batch in batches),
             num_workers=self.num_workers,
             worker_init_fn=start_worker,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.root_device.type == "cuda",
             # Otherwise it would draw a seed for its workers, which use none, from the global one.
             generator=generator("workers", self.seed, epoch),
         )
         try:
             with preemption.held_back():  # until the workers can outlive them
                 loaded = iter(loader)
-            yield from loaded
+            for images, *others in loaded:
+                yield images.permute(0, 3, 1, 2), *others
         except ValueError as error:  # a corrupt image; from a worker it comes with a traceback
             problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
             # Without the traceback, whose frames would keep the workers alive.

@@ -1,4 +1,8 @@
-"""Data sets that fit into memory as bytes: a batch is an `index_select`."""
+"""Data sets that fit into memory as bytes: a batch is an `index_select`.
+
+They lie on the GPU, if there is one and it has room. Then the order of an epoch travels once, and a
+batch is chosen, cropped, flipped and normalised without a word from the host.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +24,27 @@ class LabelledImages(NamedTuple):
     """int64 (N,)."""
 
 
+Pools = tuple[LabelledImages, LabelledImages]
+
+
+def has_room(pools: Pools, device: torch.device) -> bool:
+    """Returns whether pools may lie on a device: a GPU with four times as much free memory.
+
+    The rest is for the network, whose needs are not known yet.
+    """
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return 4 * sum(values.nbytes for pool in pools for values in pool) <= free
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Moves values to a device, for which the host does not wait."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(eq=False, kw_only=True)
 class InMemoryDataModule(ImageDataModule):
     """Holds all images as uint8. Subclasses define `read` and may replace `split` and `statistics`.
@@ -34,9 +59,12 @@ class InMemoryDataModule(ImageDataModule):
     Attributes:
         horizontal_flip: whether half of the training images are flipped; an argument only where
             mirrored images keep their labels.
+        resident: whether all images may lie on the GPU. It changes no number, so it is the
+            machine's matter and no argument.
     """
 
     horizontal_flip = False
+    resident = True
 
     val_size: int = 0
     split_seed: int = 0
@@ -56,8 +84,13 @@ class InMemoryDataModule(ImageDataModule):
             f"crop_padding is {self.crop_padding}: give 0 or a number of pixels",
         )
         self._loaded = False
+        self._placed: dict[torch.device, Pools] = {}
 
-    def read(self, download: bool) -> tuple[LabelledImages, LabelledImages]:
+    def __getstate__(self) -> dict:
+        """Another process gets no memory of a device."""
+        return self.__dict__ | {"_placed": {}}
+
+    def read(self, download: bool) -> Pools:
         """Returns the training images, those to be held out included, and the test images.
 
         Args:
@@ -139,25 +172,55 @@ class InMemoryDataModule(ImageDataModule):
         return len(self._val_indices) if split == "val" else len(self._test.labels)
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
-        loaded = self._take(self._train, self._train_indices, batches)
+        train, _ = self._pools()
         if not (self.crop_padding or self.horizontal_flip):
-            yield from loaded
-            return
+            return self._take(train, self._train_indices, batches)
         views = draw_views(
             self.num_samples("train"), self.crop_padding, self.horizontal_flip, self.seed, epoch
         )
-        for batch, (images, labels) in zip(batches, loaded, strict=True):
-            yield images, labels, views.index_select(0, batch)
+        return self._take(train, self._train_indices, batches, views)
 
     def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
+        train, test = self._pools()
         if split == "val":
-            return self._take(self._train, self._val_indices, batches)
-        return self._take(self._test, torch.arange(len(self._test.labels)), batches)
+            return self._take(train, self._val_indices, batches)
+        return self._take(test, torch.arange(len(self._test.labels)), batches)
 
-    @staticmethod
+    def _pools(self) -> Pools:
+        """Returns the training and the test images, from where batches are taken."""
+        pools, device = (self._train, self._test), self.root_device
+        if not self.resident:
+            return pools
+        if device not in self._placed:
+            if has_room(pools, device):
+                pools = tuple(
+                    LabelledImages(*(values.to(device) for values in pool)) for pool in pools
+                )
+            self._placed = {device: pools}
+        return self._placed[device]
+
     def _take(
-        pool: LabelledImages, indices: Tensor, batches: Sequence[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            rows = indices.index_select(0, batch)
-            yield pool.images.index_select(0, rows), pool.labels.index_select(0, rows)
+        self, pool: LabelledImages, indices: Tensor, batches: Sequence[Tensor], *numbers: Tensor
+    ) -> Iterator[Batch]:
+        """Yields batches from the device of the pool.
+
+        Args:
+            pool: all images, those of other splits included.
+            indices: the rows of the samples in it, (num_samples,).
+            batches: the samples of each batch.
+            numbers: what else belongs to each sample, (num_samples,).
+        """
+        if not batches:
+            return
+        order = torch.cat(tuple(batches))
+        device = pool.images.device
+        rows, *numbers = (
+            send(values.index_select(0, order), device) for values in (indices, *numbers)
+        )
+        sizes = [len(batch) for batch in batches]
+        pins = device != self.root_device and self.root_device.type == "cuda"
+        for part, *others in zip(
+            *(values.split(sizes) for values in (rows, *numbers)), strict=True
+        ):
+            batch = [values.index_select(0, part) for values in pool] + others
+            yield tuple(values.pin_memory() for values in batch) if pins else tuple(batch)

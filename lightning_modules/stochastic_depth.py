@@ -154,10 +154,14 @@ class LitStochasticDepth(ImageClassifier):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.update_dropped_blocks:
-            for parameter in self.net.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        if not self.update_dropped_blocks:
+            return
+        closed = [each for each in self.net.parameters() if each.grad is None]
+        zeros = [torch.empty_like(parameter) for parameter in closed]
+        if zeros:
+            torch._foreach_zero_(zeros)  # in one kernel
+        for parameter, zero in zip(closed, zeros, strict=True):
+            parameter.grad = zero
 
     def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         gates = None if self.rescale else self.survival_probs

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from networks.captured import Capture, Recorder, check_capture
 from networks.captured_parts import Buffer, Chain, Part, Replay, RowPart
+from networks.residual_blocks import Gate
 from networks.resnet import Gates, ResidualNetwork
 from networks.rows import Rows, send
 
@@ -62,6 +63,7 @@ class CapturedNetwork:
         self.network, self.capture, self.say = network, capture, say
         self.run = network if run is None else run
         self.modules = list(network.modules())
+        self.hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
         if open_gates is None and isinstance(network, ResidualNetwork):
             open_gates = [1.0] * network.num_blocks
         self.open_gates = open_gates
@@ -78,7 +80,7 @@ class CapturedNetwork:
             gates = torch.as_tensor(gates, dtype=torch.float64, device="cpu")
         if not self.records(images, gates):
             return self.run(images) if gates is None else self.network(images, gates=gates)
-        is_open = [True]
+        is_open = [True] * len(self.chain.steps)
         if gates is not None:
             is_open = [True, *(gates != 0).view(len(gates), -1).any(1).tolist(), True]
             if gates.dim() == 2:
@@ -113,7 +115,7 @@ class CapturedNetwork:
     def why_not(self, images: Tensor, gates: Tensor | None) -> str | None:
         if images.requires_grad:
             return "the images require gradients"
-        if any(any(hooks) for hooks in map(hooks_of, self.modules)):
+        if any(self.hooks):
             return "a module has a hook"
         if gates is None:
             return None
@@ -175,50 +177,73 @@ class CapturedNetwork:
             )
 
     def make_chain(self, images: Tensor, gates: Tensor | None) -> Chain:
+        network, compiles = self.network, self.capture == "compiled"
         source = Buffer(images, has_gradient=False)
+        source.value.copy_(images)
+        # Compiled as a whole, a deep network takes minutes; its blocks are few kinds.
+        in_blocks = compiles and isinstance(network, ResidualNetwork) and self.run is network
         with torch.no_grad():
-            source.value.copy_(images)
-            if gates is None:
+            if gates is not None or in_blocks:
+                steps = self.make_steps(source, gates)
+            else:
                 outputs, self.structure = pytree.tree_flatten(self.run(images))
                 targets = [Buffer(each) for each in outputs]
-                parameters = list(self.network.parameters())
-                steps = [(None, Part(self.run, source, targets, parameters))]
-            else:
-                steps = self.make_steps(source, gates)
-        return Chain(source, steps, Recorder(images.device), self.capture == "compiled")
+                steps = [(None, Part(self.run, source, targets, list(network.parameters())))]
+        return Chain(source, steps, Recorder(images.device), compiles)
 
-    def make_steps(self, source: Buffer, gates: Tensor) -> list[tuple[Part | None, Part | None]]:
+    def make_steps(
+        self, source: Buffer, gates: Tensor | None
+    ) -> list[tuple[Part | None, Part | None]]:
         """Returns stem, blocks and head of a residual network; runs each of them once."""
-        network = self.network
+        network, num_images = self.network, len(source.value)
         of_blocks = {each for block in network.blocks for each in block.parameters()}
         others = [each for each in network.parameters() if each not in of_blocks]
-        stream = Buffer(x := network.stem(source.value))
+        stream = Buffer(network.stem(source.value))
         steps: list = [(None, Part(network.stem, source, [stream], others))]
-        is_open = (gates != 0).view(len(gates), -1).sum(1).tolist()
-        self.index = torch.zeros(sum(is_open), dtype=torch.int64, device=x.device)
-        indices = self.index.split(is_open)
-        for block, gate, index in zip(network.blocks, self.open_gates, indices, strict=True):
-            before, closed, x = x, block(x, 0.0), block(x, gate)
-            target = stream if closed is before else Buffer(x)
-            parameters = list(block.parameters())
-            shut = partial(block, gate=0.0)
-            closed_part = None if target is stream else Part(shut, stream, [target], parameters)
-            opened = gate
-            if gates.dim() == 2:
-                opened = Rows(None if len(index) == len(x) else index, gate)
-            if gates.dim() == 1 or opened.index is None or not block.closes_by_sample:
-                part = Part(partial(block, gate=opened), stream, [target], parameters)
-            elif len(index) == 0:
-                part = None
-            else:
-                on_rows = partial(block, gate=Rows(None, gate))
-                closed_rows = None if target is stream else shut
-                part = RowPart(on_rows, closed_rows, index, stream, target, parameters)
-            steps.append((closed_part, part))
-            stream = target
-        logits, self.structure = pytree.tree_flatten(network.head(x))
+        counts = [num_images] * network.num_blocks
+        if gates is not None and gates.dim() == 2:
+            counts = (gates != 0).sum(1).tolist()
+            self.index = torch.zeros(sum(counts), dtype=torch.int64, device=source.value.device)
+            indices = self.index.split(counts)
+        for number, block in enumerate(network.blocks):
+            gate: Gate = None if gates is None else self.open_gates[number]
+            if gates is not None and gates.dim() == 2:
+                everyone = counts[number] == num_images
+                gate = Rows(None if everyone else indices[number], gate)
+            stream, step = make_step(block, gate, counts[number], stream)
+            steps.append(step)
+        logits, self.structure = pytree.tree_flatten(network.head(stream.value))
         steps.append((None, Part(network.head, stream, [Buffer(logits[0])], others)))
         return steps
+
+
+def make_step(
+    block: nn.Module, gate: Gate, count: int, stream: Buffer
+) -> tuple[Buffer, tuple[Part | None, Part | None]]:
+    """Returns what a block writes, and its parts for a closed and an open gate.
+
+    Args:
+        block: a residual block.
+        gate: where it is open; None: it is never closed.
+        count: number of rows that it is open for.
+        stream: what it reads; holds the stream of some batch.
+    """
+    parameters, x = list(block.parameters()), stream.value
+    if gate is None:
+        target = Buffer(block(x))
+        return target, (None, Part(block, stream, [target], parameters))
+    closed, shut = None, partial(block, gate=0.0)
+    target = stream
+    if block(x, 0.0) is not x:
+        target = Buffer(block(x, 1.0))
+        closed = Part(shut, stream, [target], parameters)
+    if count == 0:
+        return target, (closed, None)
+    if not isinstance(gate, Rows) or gate.index is None or not block.closes_by_sample:
+        return target, (closed, Part(partial(block, gate=gate), stream, [target], parameters))
+    on_rows = partial(block, gate=Rows(None, gate.scale))
+    others = None if closed is None else shut
+    return target, (closed, RowPart(on_rows, others, gate.index, stream, target, parameters))
 
 
 def size_of(images: Tensor, gates: Tensor | None) -> tuple:

@@ -1,5 +1,6 @@
 """Order, augmentation, normalisation, ranks and resuming: what all data modules share."""
 
+import pickle
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from datamodules import InMemoryDataModule
 from datamodules.augmentation import draw_views
-from datamodules.in_memory import LabelledImages
+from datamodules.in_memory import LabelledImages, has_room
+from datamodules.order import evaluation_batches, training_batches
 
 NUM_IMAGES = 60
 SHAPE = (3, 6, 8)
@@ -54,6 +56,7 @@ def ready(rank=0, world_size=1, epoch=0, batch=0, **changes) -> Numbered:
         world_size=world_size,
         current_epoch=epoch,
         overfit_batches=0.0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
     data.setup("fit")
@@ -214,6 +217,82 @@ def test_a_loader_starts_where_the_trainer_is_when_the_first_batch_is_asked_for(
     # All done: a full epoch again.
     data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = 7
     assert len(list(loader)) == 7
+
+
+# --- where the images lie -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("augments", [True, False])
+@pytest.mark.parametrize("first_batch", [0, 3, 7])
+def test_batches_are_chosen_one_by_one_wherever_the_images_lie(
+    monkeypatch, room, augments, first_batch
+):
+    monkeypatch.setattr("datamodules.in_memory.has_room", lambda pools, device: room)
+    data = ready(**({} if augments else {"crop_padding": 0, "horizontal_flip": False}))
+    (images, labels), (test_images, test_labels) = data.read(False)
+    rows = data.split(labels)
+    views = draw_views(47, padding=2, horizontal_flip=True, seed=0, epoch=5)
+    expected = [
+        (images[rows[0][batch]], labels[rows[0][batch]], *([views[batch]] if augments else []))
+        for batch in training_batches(47, 7, seed=0, epoch=5)[first_batch:]
+    ]
+    val = evaluation_batches(13, 4)
+    expected += [(images[rows[1][batch]], labels[rows[1][batch]]) for batch in val]
+    expected += [(test_images[b], test_labels[b]) for b in evaluation_batches(11, 4)]
+    loaders = (data.train_epoch(5, first_batch), data.val_dataloader(), data.test_dataloader())
+    batches = [batch for loader in loaders for batch in loader]
+    for batch, parts in zip(batches, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch, parts, strict=True))
+
+
+def elsewhere(monkeypatch, resident: bool = True) -> Numbered:
+    """Trains on the device that has no memory: reading a value back from it raises."""
+    monkeypatch.setattr("datamodules.in_memory.has_room", lambda pools, device: True)
+    data = ready()
+    data.trainer.strategy.root_device = torch.device("meta")
+    data.resident = resident
+    return data
+
+
+def test_images_lie_on_the_device_where_batches_stay(monkeypatch):
+    data = elsewhere(monkeypatch)
+    there, _ = data._pools()
+    assert there.images.device.type == "meta"
+    for _ in range(2):
+        for loader, width in ((data.train_dataloader(), 3), (data.val_dataloader(), 2)):
+            for batch in loader:
+                assert len(batch) == width
+                assert all(values.device.type == "meta" for values in batch)
+                images, _ = data.on_after_batch_transfer(batch, 0)
+                assert images.device.type == "meta"
+    assert data._pools()[0].images is there.images  # moved once
+
+
+def test_images_stay_with_the_host_where_the_machine_says_so(monkeypatch):
+    batches = list(elsewhere(monkeypatch, resident=False).train_dataloader())
+    assert all(values.device.type == "cpu" for batch in batches for values in batch)
+
+
+def test_another_process_gets_no_memory_of_a_device(monkeypatch):
+    data = elsewhere(monkeypatch)
+    data._pools()
+    assert data._placed
+    again = pickle.loads(pickle.dumps(data))
+    assert not again._placed
+    assert torch.equal(again._train.images, data._train.images)
+
+
+def test_images_may_fill_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
+    pools = Numbered().read(False)
+    needed = 71 * (3 * 6 * 8 + 8)
+    for free, room in ((4 * needed, True), (4 * needed - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert has_room(pools, torch.device("cuda")) == room
+        assert not has_room(pools, torch.device("cpu"))
+
+
+# --- under a trainer ------------------------------------------------------------------------------
 
 
 class Recorder(LightningModule):

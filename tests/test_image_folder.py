@@ -12,7 +12,9 @@ from torchvision import transforms
 
 import preemption
 from datamodules import ImageFolderDataModule, ImageNetDataModule
-from datamodules.image_augmentation import PCA_COMPONENTS, PCA_STD, apply_keyed, training_transform
+from datamodules.image_augmentation import keyed, training_draw
+from datamodules.image_colour import PCA_COMPONENTS, PCA_STD, ColourTransform
+from datamodules.image_files import opened, resized
 
 
 def picture(number: int, size: tuple[int, int]) -> Image.Image:
@@ -46,6 +48,7 @@ def ready(folder, epoch=0, batch=0, **changes):
         world_size=1,
         current_epoch=epoch,
         overfit_batches=0.0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
     data.prepare_data()
@@ -53,9 +56,9 @@ def ready(folder, epoch=0, batch=0, **changes):
     return data
 
 
-def all_of(loader) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(labels)
+def all_of(loader) -> list[torch.Tensor]:
+    """Images, labels and, where they have any, their numbers."""
+    return [torch.cat(parts) for parts in zip(*loader, strict=True)]
 
 
 def test_what_is_known_of_a_folder(folder):
@@ -67,20 +70,21 @@ def test_what_is_known_of_a_folder(folder):
     )
     splits = ("train", "val", "test", "predict")
     assert [data.num_samples(split) for split in splits] == [12, 4, 4, 4]
-    images, labels = all_of(data.train_dataloader())
+    images, labels, numbers = all_of(data.train_dataloader())
     assert images.dtype == torch.uint8
     assert images.shape == (12, 3, 24, 24)
+    assert numbers.shape == (12, 13)
     assert labels.bincount().tolist() == [6, 6]
     assert ImageNetDataModule(str(folder)).num_classes == 2
 
 
 @pytest.mark.parametrize("augmentation", ["resize_crop", "inception", "mobile", "none"])
 def test_workers_make_no_difference(folder, augmentation):
-    images, labels = all_of(ready(folder, 1, augmentation=augmentation).train_dataloader())
+    alone = ready(folder, 1, augmentation=augmentation)
     workers = ready(folder, 1, augmentation=augmentation, num_workers=2, batch_size=4)
-    others, other_labels = all_of(workers.train_dataloader())
-    assert torch.equal(images, others)
-    assert torch.equal(labels, other_labels)
+    parts = [all_of(data.train_dataloader()) for data in (alone, workers)]
+    assert len(parts[0]) == (2 if augmentation == "none" else 3)
+    assert all(torch.equal(one, other) for one, other in zip(*parts, strict=True))
 
 
 def test_workers_hold_warnings_back_from_their_first_moment(folder, tmp_path, monkeypatch):
@@ -98,12 +102,15 @@ def test_workers_hold_warnings_back_from_their_first_moment(folder, tmp_path, mo
 
 def test_augmentation_changes_with_the_epoch_and_the_seed_only(folder):
     def sorted_images(*place, **changes):
-        images, _ = all_of(ready(folder, *place, **changes).train_dataloader())
-        return sorted(image.numpy().tobytes() for image in images)
+        images, _, *numbers = all_of(ready(folder, *place, **changes).train_dataloader())
+        parts = zip(images, *numbers, strict=True)
+        return sorted(tuple(part.numpy().tobytes() for part in sample) for sample in parts)
 
     assert sorted_images(1) == sorted_images(1, batch_size=12)
     assert not set(sorted_images(1)) & set(sorted_images(2))
     assert not set(sorted_images(1)) & set(sorted_images(1, seed=1))
+    for part in range(2):  # the pixels, and the numbers
+        assert not {x[part] for x in sorted_images(1)} & {x[part] for x in sorted_images(2)}
     assert sorted_images(1, augmentation="none") == sorted_images(2, augmentation="none")
 
 
@@ -112,7 +119,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_images(folder):
     rest = list(ready(folder, epoch=3, batch=2).train_dataloader())
     assert len(whole) == 3
     assert len(rest) == 1
-    assert torch.equal(rest[0][0], whole[2][0])
+    assert all(torch.equal(*parts) for parts in zip(rest[0], whole[2], strict=True))
 
 
 def test_loading_draws_nothing_from_the_global_generator(folder):
@@ -144,8 +151,76 @@ def test_evaluation_resizes_takes_the_centre_and_normalises(folder):
 
 
 def draws(augmentation: str, image: Image.Image, size: int, count: int) -> np.ndarray:
-    transform = training_transform(augmentation, size)
-    return np.stack([np.asarray(apply_keyed(transform, image, "test", i)) for i in range(count)])
+    """The image as the steps receive it under many keys, (count, size, size, 3) in bytes."""
+    draw = training_draw(augmentation, size)
+    parts, numbers = [], []
+    for i in range(count):
+        with keyed("test", i):
+            box, of_image = draw(image)
+        parts.append(np.asarray(resized(image, box, size)))
+        numbers.append(of_image)
+    images = torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2)
+    shown = ColourTransform((0.0,) * 3, (1.0,) * 3)(images, torch.stack(numbers))
+    return shown.permute(0, 2, 3, 1).numpy()
+
+
+def add_pca_colour(image: Image.Image) -> Image.Image:
+    shift = PCA_COMPONENTS @ (PCA_STD * torch.randn(3) * 0.1) * 255
+    pixels = np.asarray(image, dtype=np.float32) + shift.numpy()
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("augmentation", ["resize_crop", "inception", "mobile"])
+def test_images_are_those_of_torchvision_under_the_same_key(augmentation):
+    """Up to the rounding of theirs to bytes in every step, and to the border of the crop."""
+    flip = transforms.RandomHorizontalFlip()
+    if augmentation == "resize_crop":
+        usual = [transforms.RandomCrop(24), flip, add_pca_colour]
+    else:
+        smallest = 0.08 if augmentation == "inception" else 0.25
+        crop = transforms.RandomResizedCrop(24, (smallest, 1))
+        usual = [crop, transforms.ColorJitter(0.4, 0.4, 0.4), add_pca_colour, flip]
+    image = picture(5, (90, 70))
+    for number, shown in enumerate(draws(augmentation, image, 24, 40)):
+        with keyed("test", number):
+            source = image
+            if augmentation == "resize_crop":
+                source = transforms.functional.resize(image, int(torch.randint(27, 52, ())))
+            expected = np.asarray(transforms.Compose(usual)(source), np.float32)
+        # Pillow cuts decimals off in every step, which a factor above 1 enlarges.
+        assert np.abs(shown - expected)[4:-4, 4:-4].max() < 4
+
+
+def test_what_is_cut_out_is_what_torchvision_cuts_out():
+    image = picture(1, (80, 60))
+    ours = np.asarray(resized(image, (10, 5, 70, 45), 20))
+    usual = transforms.functional.resized_crop(image, 5, 10, 40, 60, [20, 20])
+    # Beyond the border of the part our filter sees the image, theirs nothing.
+    assert (ours[1:-1, 1:-1] == np.asarray(usual)[1:-1, 1:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "reduction", "mode"),
+    [(95, 1, "RGB"), (96, 2, "RGB"), (192, 4, "L"), (192, 4, "CMYK"), (384, 8, "RGB")],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path, monkeypatch, side, reduction, mode):
+    picture(3, (401, 399)).convert(mode).save(tmp_path / "a.jpg", quality=95)
+    box = (401 - side, 399 - side, 401, 399)
+    decoded = []
+    resize = Image.Image.resize
+
+    def spy(image, *others, **options):
+        decoded.append(image.size)
+        return resize(image, *others, **options)
+
+    with opened(str(tmp_path / "a.jpg")) as image:
+        monkeypatch.setattr(Image.Image, "resize", spy)
+        ours = np.asarray(resized(image, box, 48), np.float32)
+    assert decoded == [(-(-401 // reduction), -(-399 // reduction))]
+    whole = Image.open(tmp_path / "a.jpg").convert("RGB")
+    expected = np.asarray(resize(whole, (48, 48), Image.Resampling.BILINEAR, box=box), np.float32)
+    assert np.abs(ours - expected).mean() < 1
+    assert np.abs(ours - expected)[1:-1, 1:-1].max() < 5
 
 
 def test_resize_crop_zooms_crops_and_flips_as_the_paper_says():
@@ -153,7 +228,7 @@ def test_resize_crop_zooms_crops_and_flips_as_the_paper_says():
     ramp = np.zeros((100, 100, 3), np.uint8)
     ramp[:, :, 0] = np.arange(100) * 2 + 20
     ramp[:, :, 1] = np.arange(100)[:, None] * 2 + 20
-    images = draws("resize_crop", Image.fromarray(ramp), 50, 300).astype(float)
+    images = draws("resize_crop", Image.fromarray(ramp), 50, 300)
     slope = (images[:, :, -1, 0] - images[:, :, 0, 0]).mean(1)
     assert 110 < (slope > 0).sum() < 190
     # The crop shows 50 of 57 to 107 pixels of the short side, so 47% to 88% of the image.
@@ -163,17 +238,16 @@ def test_resize_crop_zooms_crops_and_flips_as_the_paper_says():
 
 
 @pytest.mark.parametrize(("augmentation", "smallest"), [("inception", 0.08), ("mobile", 0.25)])
-def test_random_sized_crops_show_the_area_they_should(augmentation, smallest, monkeypatch):
+def test_random_sized_crops_show_the_area_they_should(augmentation, smallest):
+    draw, image = training_draw(augmentation, 20), Image.new("RGB", (100, 100))
     areas, aspects = [], []
-    resized_crop = transforms.functional.resized_crop
-
-    def spy(image, top, left, height, width, *others, **options):
-        areas.append(height * width / 10_000)
-        aspects.append(width / height)
-        return resized_crop(image, top, left, height, width, *others, **options)
-
-    monkeypatch.setattr("torchvision.transforms.functional.resized_crop", spy)
-    draws(augmentation, picture(0, (100, 100)), 20, 400)
+    for i in range(400):
+        with keyed("test", i):
+            (left, top, right, bottom), _ = draw(image)
+        areas.append((right - left) * (bottom - top) / 10_000)
+        aspects.append((right - left) / (bottom - top))
+        assert min(left, top) >= 0
+        assert max(right, bottom) <= 100
     assert smallest - 0.01 < min(areas) < smallest + 0.03
     assert max(areas) > 0.9
     assert 0.73 < min(aspects) < 0.8
@@ -182,7 +256,7 @@ def test_random_sized_crops_show_the_area_they_should(augmentation, smallest, mo
 
 def test_colours_shift_along_the_principal_components():
     grey = Image.new("RGB", (60, 60), (128, 128, 128))
-    shifts = torch.tensor(draws("resize_crop", grey, 30, 2000)[:, 0, 0].astype(np.float32)) - 128
+    shifts = torch.tensor(draws("resize_crop", grey, 30, 2000)[:, 0, 0]) - 128
     # The covariance is V diag(0.1 * std)^2 V^T in 0..1.
     expected = PCA_COMPONENTS @ torch.diag((25.5 * PCA_STD) ** 2) @ PCA_COMPONENTS.T
     assert (shifts.T.cov() - expected).abs().max() < 0.15 * expected.max()
@@ -199,8 +273,8 @@ def test_images_held_out_are_not_trained_on_and_not_augmented(folder):
         sorted(image.numpy().tobytes() for image in part) for part in (train, val, everything)
     ]
     assert sorted(bytes_of[0] + bytes_of[1]) == bytes_of[2]
-    augmented, _ = all_of(ready(folder, val_size=5).val_dataloader())
-    assert torch.equal(augmented, val)
+    of_augmented, _ = all_of(ready(folder, val_size=5).val_dataloader())
+    assert torch.equal(of_augmented, val)
     other, _ = all_of(ready(folder, val_size=5, split_seed=1).val_dataloader())
     assert not torch.equal(other, val)
 
