@@ -1,15 +1,23 @@
 """What the benchmarks share: their options, a training step, and what they are measured on.
 
-Their clock is `networks.median_seconds`.
+Their clock is `networks.median_seconds`; where a step is launched sooner than it is done, or a
+contender may fail, `time_contenders`.
 """
 
 import argparse
+import gc
 import os
 import platform
-from collections.abc import Callable
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from networks import wait_for
 
 
 def best_device() -> torch.device:
@@ -66,3 +74,104 @@ def cpu_name() -> str:
             return next(line.split(":")[1].strip() for line in info if "model name" in line)
     except (OSError, StopIteration):
         return platform.machine()
+
+
+LONG_STEP = 0.2
+"""Seconds; what takes longer is warm after two."""
+
+
+class Times(NamedTuple):
+    """What `time_contenders` returns."""
+
+    seconds: dict[str, float]
+    """The median time of a step, by contender."""
+    failures: dict[str, str]
+    """Why a contender has none."""
+
+
+def time_contenders(
+    builders: Mapping[str, Callable[[], Callable[[], object]]],
+    device: torch.device,
+    num_rounds: int,
+    sample_seconds: float,
+) -> Times:
+    """Times contenders side by side; one that raises is left out, and the others go on.
+
+    A sample is several steps, and then a wait: a device that is launched ahead stays so, as in a
+    training. In every round each contender is sampled once, in an order of that round's own.
+
+    Args:
+        builders: make a contender, and return its step.
+        device: where the work happens.
+        num_rounds: samples of each contender.
+        sample_seconds: about how long a sample lasts; a sample has one step at least.
+    """
+    steps: dict[str, Callable[[], object]] = {}
+    counts: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
+
+    def attempt(name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, it is told, and is no reason to lose the rest
+            failures[name] = describe_failure(error)
+            steps.pop(name, None)
+        if name in failures:
+            free_memory(device)
+
+    def prepare(name: str) -> None:
+        step = builders[name]()
+        # Kernels are chosen and compiled, some on the third call; long steps have enough of two.
+        sample(step, 1, device)
+        for count in (1, 2, 3):
+            seconds = sample(step, count, device)
+            if seconds > LONG_STEP:
+                break
+        counts[name] = max(1, round(sample_seconds / seconds))
+        steps[name] = step
+        samples[name] = []
+
+    for name in builders:
+        attempt(name, lambda name=name: prepare(name))
+    for order in shuffled_rounds(list(steps), num_rounds):
+        for name in order:
+            if name in steps:
+                attempt(
+                    name,
+                    lambda name=name: samples[name].append(
+                        sample(steps[name], counts[name], device)
+                    ),
+                )
+    return Times({name: median(samples[name]) for name in steps if samples[name]}, failures)
+
+
+def shuffled_rounds(names: list[str], num_rounds: int) -> Iterator[list[str]]:
+    """Yields the names in an order of its own for every round, the same in every run."""
+    for number in range(num_rounds):
+        yield random.Random(number).sample(names, len(names))
+
+
+def sample(step: Callable[[], object], count: int, device: torch.device) -> float:
+    """Returns the seconds of a step: the device is idle before the first and after the last."""
+    wait_for(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait_for(device)
+    return (time.perf_counter() - start) / count
+
+
+def describe_failure(error: Exception) -> str:
+    """Returns one line on what went wrong."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:160]
+
+
+def free_memory(device: torch.device) -> None:
+    """Returns what nothing refers to any more: graphs and cycles of closures keep much."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

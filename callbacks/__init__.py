@@ -7,7 +7,7 @@ from callbacks.outlets import Column, Table, log_metrics, log_panels
 from callbacks.recalibration_sweep import RecalibrationSweep
 from callbacks.sampled_images import SampledTestImages
 from callbacks.survival_probability import SurvivalProbabilityLogger
-from callbacks.throughput import ThroughputMonitor
+from callbacks.throughput import ThroughputMonitor, peak_flops
 
 __all__ = [
     "BNRecalibration",
@@ -21,4 +21,5 @@ __all__ = [
     "ThroughputMonitor",
     "log_metrics",
     "log_panels",
+    "peak_flops",
 ]

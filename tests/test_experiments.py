@@ -54,9 +54,9 @@ def test_experiment_builds(path: Path) -> None:
 def test_machine_decides_nothing_but_the_machine(path: Path) -> None:
     science = Parser.parse(SCIENCE[0])
     both = Parser.parse(SCIENCE[0], path)
-    for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
+    for key in ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic"):
         science.trainer[key] = both.trainer[key] = None
-    science.config = both.config = None
+    science.config = both.config = science.machine = both.machine = None
     assert science == both
 
 

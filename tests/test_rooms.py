@@ -37,7 +37,7 @@ ALLOWED = {
     },
     "benchmarks": {
         *LIGHTNING,
-        *{"torch", "torchvision", "numpy", "PIL", "chance"},
+        *{"torch", "torchvision", "timm", "numpy", "PIL", "chance"},
         *{"networks", "datamodules", "lightning_modules", "callbacks", "running", "benchmarks"},
     },
 }

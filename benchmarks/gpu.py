@@ -1,0 +1,90 @@
+"""Claims of speed on a GPU, each beside the best that a user would write otherwise.
+
+    python -m benchmarks.gpu
+    python -m benchmarks.gpu --rows depth exits --seconds 120
+
+Needs a CUDA device and six minutes of it. A row is printed when it is done, and a table of all
+promises at the end: ratio, goal, verdict. Contenders take turns in an order of each round's own,
+a sample is several steps, medians count. One that fails is a line that says why. Weights and images
+are random. The other side is, where it applies: the plain eager loop, `torch.compile` by default
+and with mode="reduce-overhead" (of ResNet-20: ResNet-110 compiles for minutes), torchvision's
+networks and its stochastic_depth, timm's DropPath, a CUDA graph of the whole network.
+
+All contenders may use TF32 and let cuDNN choose its kernels; all optimizers are torch's SGD.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks import gpu_families, gpu_inference, gpu_trainer, gpu_training
+from benchmarks.gpu_report import Report, Setting, row
+from benchmarks.timing import describe_machine
+
+ROWS: dict[str, Callable[[Report, Setting], None]] = {
+    "depth": gpu_training.depth,
+    "exits": gpu_inference.exits,
+    "latency": gpu_inference.latency,
+    "sandwich": gpu_training.widths,
+    "width": gpu_inference.widths,
+    "recalibration": gpu_inference.recalibration,
+    "dense": gpu_training.dense,
+    "trainer": gpu_trainer.trainer,
+    "data": gpu_trainer.data,
+    "compile": gpu_training.compiled,
+    "families": gpu_families.families,
+}
+LIMIT = 330
+"""Seconds after which no row is started: the longest takes some thirty."""
+
+
+def run(names: Sequence[str], limit: float, setting: Setting) -> Report:
+    """Runs rows, as many as begin within `limit` seconds; prints them, and a table at the end."""
+    start = time.monotonic()
+    report = Report()
+    report.say(describe_machine(setting.device))
+    try:
+        for name in names:
+            if time.monotonic() - start > limit:
+                report.add(f"row {name}", None, reason=f"{limit:.0f} seconds are over")
+                continue
+            with row(report, name, setting):
+                ROWS[name](report, setting)
+            report.say(f"[{time.monotonic() - start:.0f} s: {name}]")
+    finally:  # a table of what there is, after Ctrl+C, too
+        report.say(f"\n{describe_machine(setting.device)}")
+        for line in report.lines:
+            report.say(report.format(line))
+    return report
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="no row begins after that")
+    options = parser.parse_args(args)
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu needs a CUDA device, and torch finds none", file=sys.stderr)
+        return 2
+    # Deterministic products of matrices need it before the first of them.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    # Ours stay: a network that could not be recorded says so, and its time is that of eager code.
+    warnings.filterwarnings("ignore", module="torch|pytorch_lightning|timm")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    # So that a time limit of a scheduler or of `timeout` ends with the table, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run(options.rows, options.seconds, Setting(torch.device("cuda", 0)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
