@@ -1,13 +1,14 @@
 """What every method shares: optimizer wiring, metrics over operating points, keyed seeds."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from chance import key_to_seed
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name
 from lightning_modules.schedules import Interval, check_schedule
-from networks import check_choice, count_macs, count_params
+from networks import Capture, CapturedNetwork, check_choice, count_macs, count_params
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -45,7 +46,13 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: makes the scheduler from the optimizer; None keeps the learning rate.
         lr_interval: whether the scheduler is stepped per "epoch" or per optimizer "step".
         seed: the run's seed; keys everything that is drawn (see `chance`).
+
+    Attributes:
+        capture: how training steps run the network; the machine's matter, set before they do.
+        open_gates: see `CapturedNetwork`.
     """
+
+    open_gates: Sequence[float] | None = None
 
     def __init__(
         self,
@@ -63,6 +70,8 @@ class ImageClassifier(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.seed = seed
+        self.capture: Capture = "none"
+        self._trained_net: CapturedNetwork | None = None
 
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
         # dict.
@@ -106,6 +115,15 @@ class ImageClassifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits (N, num_classes) of the full network."""
         return self.operating_points()[FULL](images)
+
+    @property
+    def trained_net(self) -> CapturedNetwork:
+        """The network as a `training_step` calls it: recorded, if the machine says so."""
+        if self._trained_net is None:
+            self._trained_net = CapturedNetwork(
+                self.net, self.capture, self.open_gates, say=rank_zero_info
+            )
+        return self._trained_net
 
     # --- optimization -----------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class LitBranchyNet(MultiExitClassifier):
         if self.trains_trunk_only:
             exits = [run_to_exit(self.net, self.net.num_exits - 1, images)]
         else:
-            exits = self.net(images)
+            exits = self.trained_net(images)
         weights = self.exit_loss_weights[-len(exits) :]
         loss = sum(
             weight * F.cross_entropy(logits, labels)

@@ -19,7 +19,7 @@ class LitDenseNet(ImageClassifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self.net(images)
+        logits = self.trained_net(images)
         loss = F.cross_entropy(logits, labels)
         self.log_training(loss, logits, labels, batch_idx)
         return loss

@@ -87,7 +87,7 @@ class LitMSDNet(MultiExitClassifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        exits = self.net(images)
+        exits = self.trained_net(images)
         loss = sum(F.cross_entropy(logits, labels) for logits in exits)
         self.log_training(loss, exits[-1], labels, batch_idx)
         return loss

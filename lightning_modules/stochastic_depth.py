@@ -8,7 +8,9 @@ Differences from the released code:
       runs agree.
     * `mode="row"` draws one gate per sample, and `rescale=True` divides by p_l in training instead
       of multiplying by p_l at test: together they are the DropPath of later libraries. Here, too, a
-      branch is computed only for the samples that keep it.
+      branch is computed only for the samples that keep it. By default their number is fixed, as in
+      DINOv2 (Oquab et al., arXiv 2304.07193): round(p_l N) of N samples, so that every step has the
+      same shapes; each sample survives as often as before.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,6 +38,7 @@ from networks import ResidualNetwork, check_choice
 
 Decay = Literal["linear", "uniform"]
 Mode = Literal["batch", "row"]
+RowCounts = Literal["fixed", "random"]
 
 
 def survival_probabilities(
@@ -63,6 +67,8 @@ class LitStochasticDepth(ImageClassifier):
         final_survival_prob: p_L, the probability that the last block is open.
         decay: how p_l falls from 1 to p_L.
         mode: one gate per block and mini-"batch", as in the paper, or per block and sample ("row").
+        row_counts: of the N samples of a process, "fixed": round(p_l N), one at least, keep a
+            block; "random": each by itself. In "row" mode alone.
         rescale: divide open branches by p_l in training and leave them alone at test.
         update_dropped_blocks: a closed block still gets weight decay and momentum (its gradient is
             0, not absent), as in the released code.
@@ -73,7 +79,8 @@ class LitStochasticDepth(ImageClassifier):
         gates: those of the latest training step, (num_blocks,) or (num_blocks, N), on the CPU.
 
     Raises:
-        ValueError: `final_survival_prob` is outside (0, 1], or an unknown decay or mode.
+        ValueError: `final_survival_prob` is outside (0, 1], or an unknown decay, mode or
+            `row_counts`.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class LitStochasticDepth(ImageClassifier):
         final_survival_prob: float = 0.5,
         decay: Decay = "linear",
         mode: Mode = "batch",
+        row_counts: RowCounts = "fixed",
         rescale: bool = False,
         update_dropped_blocks: bool = True,
         optimizer: OptimizerFactory = sgd,
@@ -92,41 +100,55 @@ class LitStochasticDepth(ImageClassifier):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
         self.survival_probs = survival_probabilities(net.num_blocks, final_survival_prob, decay)
         check_choice("mode", mode, Mode)
+        check_choice("row_counts", row_counts, RowCounts)
         self.mode = mode
+        self.row_counts = row_counts
         self.rescale = rescale
         self.update_dropped_blocks = update_dropped_blocks
         self.gates: Tensor | None = None
+
+    @property
+    def has_random_shapes(self) -> bool:
+        """Whether the number of rows that a block computes differs from step to step."""
+        return self.mode == "row" and self.row_counts == "random"
+
+    @property
+    def open_gates(self) -> list[float]:
+        """The gate of each block where it is open."""
+        probs = torch.tensor(self.survival_probs, dtype=torch.float64)
+        return (1 / probs if self.rescale else torch.ones_like(probs)).float().tolist()
 
     def draw_gates(self, num_images: int, batch_idx: int) -> Tensor:
         """Draws the gates of a batch: (num_blocks,), in row mode (num_blocks, num_images).
 
         In batch mode all ranks, and all batches that are accumulated into one step, have the same
         gates. In row mode the samples of the ranks are the columns of one table, so they all
-        differ.
+        differ; of fixed counts every rank has the same.
         """
         probs = torch.tensor(self.survival_probs, dtype=torch.float64)
+        opened = torch.tensor(self.open_gates)
         if self.mode == "batch":
-            draws = torch.rand(
-                len(probs),
-                dtype=probs.dtype,
-                generator=generator("gates", self.seed, self.global_step),
-            )
-        else:
-            probs = probs.unsqueeze(1)
-            world_size = self.trainer.world_size
-            draws = torch.rand(
-                len(probs),
-                num_images * world_size,
-                dtype=probs.dtype,
-                generator=generator("gates", self.seed, self.global_step, batch_idx),
-            )[:, self.global_rank :: world_size]
-        gates = (draws < probs).to(probs.dtype)
-        return (gates / probs if self.rescale else gates).float()
+            chance = generator("gates", self.seed, self.global_step)
+            draws = torch.rand(len(probs), dtype=probs.dtype, generator=chance)
+            return opened * (draws < probs)
+        world_size = self.trainer.world_size
+        draws = torch.rand(
+            len(probs),
+            num_images * world_size,
+            dtype=probs.dtype,
+            generator=generator("gates", self.seed, self.global_step, batch_idx),
+        )[:, self.global_rank :: world_size]
+        probs, opened = probs.unsqueeze(1), opened.unsqueeze(1)
+        if self.row_counts == "random":
+            return opened * (draws < probs)
+        places = draws.argsort(1).argsort(1)
+        return opened * (places < (probs * num_images).round().clamp(min=1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         self.gates = self.draw_gates(len(images), batch_idx)
-        logits = self.net(images, gates=self.gates)
+        run = self.net if self.has_random_shapes else self.trained_net
+        logits = run(images, gates=self.gates)
         loss = F.cross_entropy(logits, labels)
         self.log_training(loss, logits, labels, batch_idx)
         return loss
@@ -142,6 +164,11 @@ class LitStochasticDepth(ImageClassifier):
         return {FULL: partial(self.net, gates=gates)}
 
     def on_fit_start(self) -> None:
+        if self.has_random_shapes and self.capture != "none":
+            rank_zero_warn(
+                "with row_counts random every step has other shapes, which cannot be recorded: the "
+                "network runs eagerly; set row_counts to fixed"
+            )
         strategy = self.trainer.strategy
         is_ddp = isinstance(strategy, DDPStrategy)
         if is_ddp and not strategy._ddp_kwargs.get("find_unused_parameters"):

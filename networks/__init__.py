@@ -1,6 +1,8 @@
 """Plain torch networks; what is dynamic is an argument or a return value of `forward`."""
 
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
+from networks.captured import Capture, CapturedInference, Recorder, check_capture
+from networks.captured_network import CapturedNetwork
 from networks.choices import check_choice
 from networks.cost import (
     NUM_TIMED_ROUNDS,
@@ -64,6 +66,9 @@ __all__ = [
     "BranchyAlexNet",
     "BranchyLeNet",
     "BranchyResNet",
+    "Capture",
+    "CapturedInference",
+    "CapturedNetwork",
     "CifarDenseNet",
     "CifarResNet",
     "Criterion",
@@ -73,6 +78,7 @@ __all__ = [
     "ExitStream",
     "MSDNet",
     "MultiExitNetwork",
+    "Recorder",
     "ResNet",
     "ResNetWithExits",
     "ResidualNetwork",
@@ -88,6 +94,7 @@ __all__ = [
     "SwitchableBatchNorm2d",
     "WidthMult",
     "check_budget",
+    "check_capture",
     "check_choice",
     "check_criterion",
     "check_thresholds",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from networks.choices import check_choice
 from networks.early_exit import MultiExitNetwork, Staged, run_all_exits
 from networks.initialization import draw_weights
-from networks.residual_blocks import BasicBlock
+from networks.residual_blocks import BasicBlock, Gate
 from networks.resnet import CifarResNet, Gates, ResidualNetwork
 
 Taps = Literal["released", "paper"]
@@ -238,9 +238,9 @@ class ResNetWithExits(MultiExitNetwork):
         """
         if isinstance(gates, Tensor) and gates.dim() != 1:
             raise ValueError("images leave, so no gates per sample: give one gate per block")
-        return self._cut(self.trunk.split_gates(gates, 0))
+        return self._cut(self.trunk.split_gates(gates))
 
-    def _cut(self, gates: Sequence[float | Tensor | None]) -> Staged:
+    def _cut(self, gates: Sequence[Gate]) -> Staged:
         steps = list(zip(self.trunk.blocks, gates, strict=True))
         bounds = [0, *self.exits_after, len(steps)]
         first, *others = (
@@ -251,7 +251,7 @@ class ResNetWithExits(MultiExitNetwork):
 
     def forward(self, images: Tensor, gates: Gates | None = None) -> list[Tensor]:
         """Returns the logits (N, num_classes) of every exit; gates as in `ResidualNetwork`."""
-        return run_all_exits(self._cut(self.trunk.split_gates(gates, len(images))), images)
+        return run_all_exits(self._cut(self.trunk.split_gates(gates, images)), images)
 
     def in_early_exit(self, key: str) -> bool:
         return key.startswith("early_exits.")
@@ -263,7 +263,7 @@ class ResNetWithExits(MultiExitNetwork):
         super().load_trunk(state_dict)
 
 
-def _run_blocks(steps: Sequence[tuple[nn.Module, float | Tensor | None]], x: Tensor) -> Tensor:
+def _run_blocks(steps: Sequence[tuple[nn.Module, Gate]], x: Tensor) -> Tensor:
     for block, gate in steps:
         x = block(x, gate)
     return x
@@ -333,7 +333,7 @@ class BranchyResNet(ResNetWithExits):
             if isinstance(layer, nn.BatchNorm2d):
                 layer.eps = 2e-5  # Chainer's
 
-    def _cut(self, gates: Sequence[float | Tensor | None]) -> Staged:
+    def _cut(self, gates: Sequence[Gate]) -> Staged:
         staged = super()._cut(gates)
         if self.taps == "released":
             return staged

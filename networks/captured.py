@@ -12,7 +12,9 @@ it fills them first. Its result lies where it lay when it was recorded, so the n
 overwrites it.
 """
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
@@ -57,6 +59,7 @@ class Recorder:
         """
         if not self.records:
             return
+        gc.collect()  # see `no_collection`
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -71,7 +74,8 @@ class Recorder:
             return function
         graph = torch.cuda.CUDAGraph()
         # Other threads (a loader's, a logger's) may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with no_collection(), capture:
             result = function()
 
         def replay() -> T:
@@ -115,6 +119,18 @@ class CapturedInference:
         for own, tensor in zip(self.inputs, pytree.tree_leaves(inputs), strict=True):
             own.copy_(tensor)
         return self.replay()
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keeps garbage: an older recording in it would give its memory back, which ends a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager]:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.choices import check_choice
-from networks.rows import add_rows, take_rows
+from networks.rows import Rows, add_rows, split_rows, take_rows
 
 Shortcut = Literal["A", "A-average", "A-prepend", "B", "C"]
+Gate = float | Tensor | Rows | None
 
 
 def add_gated(
-    shortcut: Tensor, residual: Callable[[Tensor], Tensor], x: Tensor, gate: float | Tensor | None
+    shortcut: Tensor, residual: Callable[[Tensor], Tensor], x: Tensor, gate: Gate
 ) -> Tensor:
     """Returns ``shortcut + gate * residual(x)`` and runs `residual` only where the gate is not 0.
 
@@ -26,26 +27,25 @@ def add_gated(
         shortcut: (N, C, H, W).
         residual: the branch, from (n, ...) to (n, C, H, W) for any n.
         x: input of the branch, (N, ...).
-        gate: None (open), one number, or a CPU tensor (N,) with a number per sample.
+        gate: None (open), one number, the rows that are open, or a CPU tensor (N,) with a number
+            per sample.
 
     Returns:
         (N, C, H, W). It is `shortcut` itself when nothing was executed.
     """
+    if isinstance(gate, Tensor):
+        (gate,) = split_rows(gate.unsqueeze(0), x.device)
     if gate is None:
         return shortcut + residual(x)
-    if not isinstance(gate, Tensor):
+    if not isinstance(gate, Rows):
         return shortcut if gate == 0 else shortcut.add(residual(x), alpha=gate)
-
-    rows = gate.nonzero().squeeze(1)
-    if len(rows) == 0:
-        return shortcut
-    scale = gate[rows]
-    everyone = len(rows) == len(gate)
-    rows = rows.to(x.device)
-    branch = residual(x if everyone else take_rows(x, rows)).to(shortcut.dtype)
-    if (scale != 1).any():
+    rows, scale = gate
+    branch = residual(x if rows is None else take_rows(x, rows)).to(shortcut.dtype)
+    if isinstance(scale, Tensor):
         branch = branch * scale.to(branch).view(-1, 1, 1, 1)
-    return shortcut + branch if everyone else add_rows(shortcut, rows, branch)
+    elif scale != 1:
+        branch = branch * scale
+    return shortcut + branch if rows is None else add_rows(shortcut, rows, branch)
 
 
 class PadShortcut(nn.Module):
@@ -110,6 +110,11 @@ class Block(nn.Module):
                 shortcut, in_channels, out_channels, stride, bias, norm=True
             )
 
+    @property
+    def closes_by_sample(self) -> bool:
+        """Whether the closed block treats every sample for itself; a BN does not."""
+        return not isinstance(self.downsample, nn.Sequential)
+
     def residual(self, x: Tensor) -> Tensor:
         raise NotImplementedError("each kind of block has a branch of its own")
 
@@ -117,7 +122,7 @@ class Block(nn.Module):
         """Returns the layer whose output is the branch's output: scaling it scales the branch."""
         raise NotImplementedError("each kind of block has a branch of its own")
 
-    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gate: Gate = None) -> Tensor:
         if self.plain:
             return F.relu(self.residual(x), inplace=True)
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -126,7 +131,7 @@ class Block(nn.Module):
         if out is x:
             return x
         # Per sample, `out` may be a view, and autograd would copy it to change it in place.
-        return F.relu(out, inplace=not isinstance(gate, Tensor))
+        return F.relu(out, inplace=not isinstance(gate, Tensor | Rows))
 
 
 class BasicBlock(Block):
@@ -209,6 +214,11 @@ class PreActivationBlock(nn.Module):
         self.shares_activation = self.downsample is not None
         self.bn1 = nn.BatchNorm2d(in_channels)
 
+    @property
+    def closes_by_sample(self) -> bool:
+        """Whether the closed block treats every sample for itself; a BN does not."""
+        return not self.shares_activation
+
     def activate(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(x), inplace=True)
 
@@ -222,7 +232,7 @@ class PreActivationBlock(nn.Module):
     def residual(self, x: Tensor) -> Tensor:
         return self.convolve(self.activate(x))
 
-    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gate: Gate = None) -> Tensor:
         if not self.shares_activation:
             return add_gated(x, self.residual, x, gate)
         x = self.activate(x)

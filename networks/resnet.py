@@ -34,11 +34,13 @@ from networks.initialization import draw_weights
 from networks.residual_blocks import (
     BasicBlock,
     Bottleneck,
+    Gate,
     PreActivationBasicBlock,
     PreActivationBottleneck,
     Shortcut,
     conv,
 )
+from networks.rows import split_rows
 
 Gates = Sequence[float] | Tensor
 
@@ -119,12 +121,17 @@ class ResidualNetwork(nn.Module):
             ValueError: the gates do not fit the network or the batch.
         """
         x = self.stem(images)
-        for block, gate in zip(self.blocks, self.split_gates(gates, len(images)), strict=True):
+        for block, gate in zip(self.blocks, self.split_gates(gates, images), strict=True):
             x = block(x, gate)
         return self.head(x)
 
-    def split_gates(self, gates: Gates | None, num_images: int) -> Sequence[float | Tensor | None]:
-        """Returns one gate per block: None, a number, or a CPU tensor (N,)."""
+    def split_gates(self, gates: Gates | None, images: Tensor | None = None) -> Sequence[Gate]:
+        """Returns one gate per block: None, a number, or the rows that are open.
+
+        Args:
+            gates: see `forward`.
+            images: the batch; needed by gates per sample alone.
+        """
         if gates is None:
             return [None] * self.num_blocks
         if self.plain:
@@ -139,12 +146,13 @@ class ResidualNetwork(nn.Module):
                 "gates per sample cannot be traced: later batches would have those of the example. "
                 "Export fold_survival_probs(network, survival_probs) instead"
             )
+        num_images = 0 if images is None else len(images)
         if gates.shape != (self.num_blocks, num_images):
             raise ValueError(
                 f"gates of shape {tuple(gates.shape)} for {num_images} images: "
                 f"expected ({self.num_blocks}, {num_images})"
             )
-        return gates.unbind()
+        return split_rows(gates, images.device)
 
 
 class CifarResNet(ResidualNetwork):
@@ -296,7 +304,7 @@ def fold_survival_probs(
     Raises:
         ValueError: not one probability per block, or a network without shortcuts.
     """
-    probabilities = network.split_gates(survival_probs, 0)
+    probabilities = network.split_gates(survival_probs)
     network = copy.deepcopy(network)
     for block, probability in zip(network.blocks, probabilities, strict=True):
         last = block.last_layer()

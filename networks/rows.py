@@ -1,7 +1,46 @@
 """Some samples of a batch, in the memory format of the batch."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The samples of a batch that keep a residual branch, and what scales it."""
+
+    index: Tensor | None
+    """Their numbers, int64 (n,), on the device of the batch; None: all samples."""
+    scale: float | Tensor
+    """One number, or one per such sample, (n,)."""
+
+
+def split_rows(gates: Tensor, device: torch.device) -> list[Rows | float]:
+    """Returns the gate of every block: its rows, or 0 where no sample keeps the branch.
+
+    Args:
+        gates: one per block and sample, (num_blocks, N), on the CPU.
+        device: where the batch is; the numbers of all blocks travel there together.
+    """
+    is_open = gates != 0
+    counts = is_open.sum(1).tolist()
+    indices = send(is_open.nonzero()[:, 1], device).split(counts)
+    largest = gates.amax(1, keepdim=True)
+    if ((gates == largest) | ~is_open).all():
+        scales = largest.flatten().tolist()
+    else:
+        scales = send(gates[is_open], device).split(counts)
+    return [
+        Rows(None if count == gates.shape[1] else index, scale) if count else 0.0
+        for index, scale, count in zip(indices, scales, counts, strict=True)
+    ]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor from the CPU to a device, and does not wait for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -18,3 +57,10 @@ def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         values = values.permute(0, 2, 3, 1)
         return x.permute(0, 2, 3, 1).index_add(0, rows, values).permute(0, 3, 1, 2)
     return x.index_add(0, rows, values)
+
+
+def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Writes `values` into ``x[rows]`` of x (N, ...); no number is twice in `rows`."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        x, values = x.permute(0, 2, 3, 1), values.permute(0, 2, 3, 1)
+    x.index_copy_(0, rows, values)

@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import (
     Timer,
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.distributed import DistError
@@ -36,6 +36,7 @@ from running.arguments import StrictParser, check_trainer
 from running.checkpoint import RunCheckpoint, guess_mode
 from running.checkpoint_io import AtomicCheckpointIO
 from running.folder import RunFolder, check_evaluated, check_trained
+from running.machine import Machine, check_tasks
 from running.predictions import PredictionWriter
 from running.result import AGAIN, RESULT, OperatingPoints, show_points
 from running.tracking import Tracking
@@ -98,6 +99,7 @@ class ExperimentCLI(LightningCLI):
         )
         parser.add_class_arguments(RunCheckpoint, "checkpoint")
         parser.add_class_arguments(Tracking, "wandb")
+        parser.add_class_arguments(Machine, "machine")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -136,6 +138,7 @@ class ExperimentCLI(LightningCLI):
             callbacks=self.make_callbacks(init),
         )
         check_tasks(trainer)
+        self.config_init[self.subcommand].machine.apply(trainer, self.model, self.datamodule)
         return trainer
 
     def make_callbacks(self, init: Namespace) -> list[Callback]:
@@ -305,24 +308,6 @@ def check_direction(callback: EarlyStopping) -> None:
         raise ValueError(
             f"EarlyStopping would stop when {callback.monitor} gets better (mode "
             f"{callback.mode}): set its mode to {mode}"
-        )
-
-
-def check_tasks(trainer: Trainer) -> None:
-    """Raises ValueError if a launcher has started another number of processes than asked for."""
-    processes = trainer.num_devices * trainer.num_nodes
-    if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) != processes:
-        raise ValueError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, and this command asks for "
-            f"{processes}: make trainer.num_nodes its --nnodes and trainer.devices its "
-            "--nproc_per_node"
-        )
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if SLURMEnvironment.detect() and int(tasks) != processes:
-        raise ValueError(
-            f"SLURM started {tasks} tasks for {processes} processes: start the job with as many "
-            "--nodes as trainer.num_nodes and with --ntasks-per-node as many as trainer.devices, "
-            "and the tasks with srun"
         )
 
 

@@ -56,7 +56,7 @@ def test_impossible_probability_is_refused(prob: float) -> None:
 
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_blocks_survive_as_often_as_they_should(mode: str) -> None:
-    method = module(depth=56, mode=mode)
+    method = module(depth=56, mode=mode, row_counts="random")
     num_steps = 2000
     rows = []
     for method.global_step in range(num_steps):
@@ -89,12 +89,41 @@ def test_gates_are_a_function_of_seed_and_step() -> None:
 
 
 def test_rows_of_two_ranks_are_those_of_one() -> None:
-    one = module(mode="row")
+    one = module(mode="row", row_counts="random")
     table = one.draw_gates(6, 0)
     for rank in (0, 1):
-        part = module(mode="row")
+        part = module(mode="row", row_counts="random")
         part.world_size, part.global_rank = 2, rank
         assert torch.equal(part.draw_gates(3, 0), table[:, rank::2])
+
+
+def test_fixed_counts_keep_every_sample_as_often() -> None:
+    """Exactly round(p N) of N samples, on every rank; each of them in round(p N) / N of steps."""
+    method = module(depth=20, mode="row")
+    num_images, num_steps = 10, 1000
+    counts = (10 * torch.tensor(method.survival_probs, dtype=torch.float64)).round()
+    total = torch.zeros(9, num_images)
+    for method.global_step in range(num_steps):
+        gates = []
+        for method.global_rank in (0, 1):
+            method.world_size = 2
+            gates.append(method.draw_gates(num_images, 0))
+            assert torch.equal(gates[-1].sum(1).double(), counts)
+        total += gates[0]
+    assert not torch.equal(*gates)
+    probs = (counts / num_images).unsqueeze(1)
+    sigma = (probs * (1 - probs) / num_steps).sqrt()
+    assert ((total / num_steps - probs).abs() <= 4.5 * sigma).all()
+
+
+def test_some_sample_always_keeps_a_block() -> None:
+    method = module(mode="row", final_survival_prob=0.01, decay="uniform")
+    assert method.draw_gates(4, 0).sum(1).tolist() == [1.0] * 9
+
+
+def test_unknown_row_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="row_counts 'some' is unknown: use fixed or random"):
+        module(mode="row", row_counts="some")
 
 
 def test_rescaled_gates_have_mean_one() -> None:

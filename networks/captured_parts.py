@@ -1,0 +1,214 @@
+"""The parts of a recorded network: pairs of recordings, forward and backward, between buffers.
+
+Forward reads one buffer and writes another; backward turns the gradient of the second into that of
+the first and leaves those of the parameters. What they are for: see `networks.captured_network`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from networks.captured import Recorder, autocast_as_now
+from networks.rows import put_rows, take_rows
+
+MAX_COMPILED = 64
+"""Kinds of parts that torch compiles before it gives up; its own limit is 8."""
+
+
+class Buffer:
+    """Memory that stays where it is: what a part reads or writes, and its gradient."""
+
+    def __init__(self, example: Tensor, has_gradient: bool = True):
+        self.value = torch.zeros_like(example)
+        self.gradient = torch.zeros_like(example) if has_gradient else None
+
+
+class Part:
+    """A function between buffers, and its derivative.
+
+    Args:
+        function: from a tensor to a tree of tensors.
+        source: what it reads.
+        targets: what it writes, one per tensor.
+        parameters: those that it uses.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], object],
+        source: Buffer,
+        targets: Sequence[Buffer],
+        parameters: Sequence[Tensor],
+    ):
+        self.function, self.source, self.targets = function, source, targets
+        self.parameters = [each for each in parameters if each.requires_grad]
+        self.compute: Callable = write_outputs
+        self.tape: tuple | None = None
+        self.replay_forward: Callable[[], object] = self.forward
+        self.replay_backward: Callable[[], Sequence[Tensor | None]] = self.backward
+
+    def forward(self) -> None:
+        x = self.source.value
+        x = x.clone() if self.source in self.targets else x.detach()
+        x.requires_grad_(self.source.gradient is not None)
+        self.tape = x, self.compute(self.function, x, [each.value for each in self.targets])
+
+    def backward(self) -> Sequence[Tensor | None]:
+        (x, outputs), self.tape = self.tape, None
+        gradients = [each.gradient for each in self.targets]
+        if self.source.gradient is None:
+            return differentiate(outputs, self.parameters, gradients)
+        of_source, *rest = differentiate(outputs, [x, *self.parameters], gradients)
+        self.source.gradient.copy_(of_source)
+        return rest
+
+
+class RowPart(Part):
+    """A block on some rows of the stream; for the others it is closed.
+
+    Args:
+        block: the open block.
+        closed: the closed one, which treats every sample for itself; None: it changes nothing.
+        index: numbers of the rows, (n,).
+        source, target, parameters: see `Part`.
+    """
+
+    def __init__(
+        self,
+        block: Callable[[Tensor], Tensor],
+        closed: Callable[[Tensor], Tensor] | None,
+        index: Tensor,
+        source: Buffer,
+        target: Buffer,
+        parameters: Sequence[Tensor],
+    ):
+        rows = Buffer(take_rows(source.value, index)), Buffer(take_rows(target.value, index))
+        super().__init__(block, rows[0], [rows[1]], parameters)
+        self.index, self.stream, self.target = index, source, target
+        self.others = None if closed is None else Part(closed, source, [target], [])
+
+    def forward(self) -> None:
+        if self.others is not None:
+            self.others.forward()
+        self.source.value.copy_(take_rows(self.stream.value, self.index))
+        super().forward()
+        put_rows(self.target.value, self.index, self.targets[0].value)
+
+    def backward(self) -> Sequence[Tensor | None]:
+        self.targets[0].gradient.copy_(take_rows(self.target.gradient, self.index))
+        gradients = super().backward()
+        if self.others is not None:
+            self.others.backward()
+        put_rows(self.stream.gradient, self.index, self.source.gradient)
+        return gradients
+
+
+def write_outputs(
+    function: Callable[[Tensor], object], x: Tensor, values: Sequence[Tensor]
+) -> list[Tensor]:
+    """Calls a function, writes its tensors down, and returns them with their history."""
+    outputs = pytree.tree_leaves(function(x))
+    with torch.no_grad():
+        for value, output in zip(values, outputs, strict=True):
+            value.copy_(output)
+    return outputs
+
+
+def differentiate(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True) if inputs else ()
+
+
+class Chain:
+    """Parts in a row, recorded.
+
+    Args:
+        source: what the first part reads.
+        steps: for each place the part of a closed and of an open gate; None: nothing is run.
+        recorder: records them.
+        compiles: whether the parts are compiled first.
+    """
+
+    def __init__(
+        self,
+        source: Buffer,
+        steps: Sequence[tuple[Part | None, Part | None]],
+        recorder: Recorder,
+        compiles: bool,
+    ):
+        self.source, self.steps = source, steps
+        self.targets = steps[-1][True].targets
+        self.num_forward = 0
+        self.autocast = autocast_as_now(recorder.device.type)
+        parts = [part for step in steps for part in step if part is not None]
+        if compiles:
+            torch._dynamo.config.recompile_limit = MAX_COMPILED
+            for part in parts:
+                part.compute = torch.compile(write_outputs, dynamic=False)
+
+        def run_all() -> None:
+            for part in parts:
+                self.run(part.forward)
+            for part in reversed(parts):
+                part.backward()
+
+        recorder.warm_up(run_all)
+        for part in parts:
+            part.replay_forward = recorder.record(partial(self.run, part.forward))
+        for part in reversed(parts):
+            part.replay_backward = recorder.record(part.backward)
+
+    def run(self, forward: Callable[[], None]) -> None:
+        with torch.enable_grad(), self.autocast():
+            forward()
+
+    def chosen(self, is_open: Sequence[bool]) -> list[Part]:
+        parts = (step[choice] for step, choice in zip(self.steps, is_open, strict=True))
+        return [part for part in parts if part is not None]
+
+    def forward(self, parts: Sequence[Part], images: Tensor) -> list[Tensor]:
+        self.num_forward += 1
+        self.source.value.copy_(images)
+        for part in parts:
+            part.replay_forward()
+        return [each.value.clone() for each in self.targets]
+
+    def backward(
+        self, parts: Sequence[Part], gradients: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Returns a gradient per parameter of the parts; its memory is the caller's."""
+        for target, gradient in zip(self.targets, gradients, strict=True):
+            target.gradient.copy_(gradient)
+        groups = [part.replay_backward() for part in reversed(parts)]
+        recorded = [gradient for group in reversed(groups) for gradient in group]
+        # A recorded gradient that became .grad would be added to itself by the next batch.
+        own = iter(torch._foreach_mul([each for each in recorded if each is not None], 1.0))
+        return [None if each is None else next(own) for each in recorded]
+
+
+class Replay(torch.autograd.Function):
+    """All parts that run in a step, as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx, chain: Chain, parts: Sequence[Part], images: Tensor, *parameters: Tensor):
+        ctx.chain, ctx.parts = chain, parts
+        outputs = tuple(chain.forward(parts, images))
+        ctx.number = chain.num_forward
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        if ctx.number != ctx.chain.num_forward:
+            raise RuntimeError(
+                "a recorded network has run again (or backward has) since the forward whose "
+                "gradients are asked for: call backward once after every forward, or set capture "
+                "to none"
+            )
+        ctx.chain.num_forward += 1
+        return None, None, None, *ctx.chain.backward(ctx.parts, gradients)

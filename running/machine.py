@@ -1,0 +1,64 @@
+"""How a network runs, and where: the matter of a machine file, not of an experiment."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from lightning_modules import ImageClassifier
+from networks import Capture, check_capture
+
+
+@dataclass
+class Machine:
+    """How networks run on this machine. It changes no result beyond rounding.
+
+    Args:
+        capture: run training steps kernel by kernel ("none"), as CUDA graphs ("graphs"), or as CUDA
+            graphs of compiled blocks ("compiled").
+        resident_data: keep a data set that fits on the GPU, where a batch is then an index.
+        tf32: let a GPU multiply float32 numbers with 10 bits after the point (TensorFloat-32).
+
+    Raises:
+        ValueError: an unknown way to capture.
+    """
+
+    capture: Capture = "none"
+    resident_data: bool = True
+    tf32: bool = True
+
+    def __post_init__(self) -> None:
+        check_capture(self.capture)
+
+    def apply(self, trainer: Trainer, model: ImageClassifier, data: LightningDataModule) -> None:
+        """Tells those whose matter it is."""
+        model.capture = self.capture
+        data.resident = self.resident_data
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        if self.capture != "none" and trainer.strategy.root_device.type != "cuda":
+            rank_zero_warn(
+                f"machine.capture is {self.capture}, and there is no GPU to record for: nothing "
+                "gets faster; set it to none"
+            )
+
+
+def check_tasks(trainer: Trainer) -> None:
+    """Raises ValueError if a launcher has started another number of processes than asked for."""
+    processes = trainer.num_devices * trainer.num_nodes
+    if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) != processes:
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and this command asks for "
+            f"{processes}: make trainer.num_nodes its --nnodes and trainer.devices its "
+            "--nproc_per_node"
+        )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if SLURMEnvironment.detect() and int(tasks) != processes:
+        raise ValueError(
+            f"SLURM started {tasks} tasks for {processes} processes: start the job with as many "
+            "--nodes as trainer.num_nodes and with --ntasks-per-node as many as trainer.devices, "
+            "and the tasks with srun"
+        )
