@@ -53,7 +53,7 @@ class ExitStatistics(SampledTestImages):
     without the others. Once as it is (branches "run"), and once as if branches cost nothing
     ("free"), which is what BranchyNet's authors measured.
 
-    With the module's `capture` that image meets a recorded function per stage, and so does the trunk.
+    Where the module's `capture` says so, exits and trunk are recorded for it.
 
     Reads of the module: `capture`, `net`, `exit_names`, `has_early_exits`, `exit_criterion`,
     `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `measure()`.
@@ -165,7 +165,7 @@ def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     """Returns the trunk and every point of thresholds, in the columns of `SPEED`."""
     net, costs, criterion = module.net, module.exit_costs, module.exit_criterion
-    capture = getattr(module, "capture", "none")
+    capture = module.capture
     paths = [path_to(net, index) for index in range(net.num_exits)]
     if capture != "none":
         paths = [CapturedInference(path, images[:1]) for path in paths]

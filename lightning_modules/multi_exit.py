@@ -252,7 +252,7 @@ class MultiExitClassifier(ImageClassifier):
         if not self.exit_thresholds:
             return super().predict_step(batch, batch_idx)
         thresholds = next(iter(self.exit_thresholds.values()))
-        if getattr(self, "capture", "none") == "none":
+        if self.capture == "none":
             answers = early_exit(self.net, batch[0], thresholds, self.exit_criterion)
         else:
             answers = self._next_answers(batch[0], thresholds)

@@ -424,7 +424,7 @@ def test_predict_says_which_exit_answered(trained, tmp_path: Path) -> None:
 def test_predict_at_a_constant_batch_size(limit: float, trained, tmp_path: Path) -> None:
     """With `capture`, in the order of images, whatever comes when."""
     folder, module = trained
-    data = DigitsDataModule(batch_size=48)
+    data = DigitsDataModule(eval_batch_size=48)
     data.setup("test")
     images, _ = all_of(data, "test")
     images = images[: int(limit) * 48] if limit > 1 else images
@@ -445,7 +445,7 @@ def test_predict_at_a_constant_batch_size(limit: float, trained, tmp_path: Path)
 
 
 def test_speed_is_measured_with_capture_too(trained, tmp_path: Path, monkeypatch) -> None:
-    folder, before = trained
+    folder, _ = trained
     seen = []
     answer = EarlyExit.__call__
     monkeypatch.setattr(EarlyExit, "__call__", lambda *given: seen.append(1) or answer(*given))
