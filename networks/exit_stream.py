@@ -41,6 +41,8 @@ from networks.recorded_exits import Addresses, can_be_recorded, try_to_record
 STREAM_BATCH_SIZE = 256
 WINDOW = 64
 """Batches after which an image has its answer, even if a stage has to run on less than a batch."""
+MAX_RUNS = 2
+"""Runs that a GPU has to do while the host does not know yet what came of them."""
 NOBODY = 1 << 62  # number of the image in a row that only fills a batch
 
 
@@ -147,8 +149,8 @@ class ExitStream:
         self._kind = images.shape[1:], images.dtype, device
         self._recorder = Recorder(device)
         self._addresses = Addresses(self.network if self._records else None)
-        # A GPU is to be busy while the host looks at what came of the run before.
-        self._max_runs = 1 if device.type == "cuda" else 0
+        # A GPU is to be busy while the host looks at what came of the runs before.
+        self._max_runs = MAX_RUNS if device.type == "cuda" else 0
         self._reader = Reader(device, self.batch_size, self._max_runs + 1)
         with torch.inference_mode(False):
             self._row_numbers = torch.arange(2 * self._num_rows, device=device) % self._num_rows
@@ -212,14 +214,16 @@ class ExitStream:
         if num_rows < self.batch_size and self._pads and index in self._warm:
             size = self.batch_size
             queue.rows[queue.start + num_rows : queue.start + size] = self._num_rows
-        if size > num_rows:
+        is_filled = size > num_rows
+        if is_filled:
             self._fill_limits(
                 index, num_rows, math.inf if self.criterion == "entropy" else -math.inf
             )
         chosen = self._replay(index) if size == self.batch_size else self._step(index, size)
-        if size > num_rows:
+        images = queue.take(num_rows)
+        if is_filled:
             self._fill_limits(index, num_rows, [*self.thresholds, math.inf][index])
-        images = torch.cat([queue.take(num_rows), torch.full((size - num_rows,), NOBODY)])
+            images = torch.cat([images, torch.full((size - num_rows,), NOBODY)])
         self._runs.append(Run(index, images, self._reader.read(chosen)))
         while len(self._runs) > self._max_runs:
             self._settle()

@@ -58,7 +58,7 @@ def act_as_gpu(monkeypatch) -> None:
 
     def start_with_runs_under_way(stream, images):
         start(stream, images)
-        stream._max_runs = 1
+        stream._max_runs = exit_stream.MAX_RUNS
         stream._queues.clear()
         stream._add_queue(images)
 
