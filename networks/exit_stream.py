@@ -35,7 +35,7 @@ from networks.early_exit import (
     leaves,
     not_finite,
 )
-from networks.exit_queue import Queue, Reader
+from networks.exit_queue import Queue, Reader, write_rows
 from networks.recorded_exits import Addresses, can_be_recorded, try_to_record
 
 STREAM_BATCH_SIZE = 256
@@ -202,7 +202,7 @@ class ExitStream:
                 num_rows = self._num_rows + 1  # one for rows that are nobody's
                 exit_index = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
                 self._answers = Answers(logits.new_zeros(num_rows, logits.shape[1]), exit_index)
-        self._answers.logits.index_copy_(0, rows, logits.to(self._answers.logits.dtype))
+        write_rows(self._answers.logits, rows, logits.to(self._answers.logits.dtype))
         self._answers.exit_index.index_fill_(0, rows, index)
 
     # --- on the host ------------------------------------------------------------------------------
