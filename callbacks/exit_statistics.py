@@ -11,7 +11,14 @@ from torch import Tensor
 
 from callbacks.outlets import Column, Table, log_metrics, log_panels
 from callbacks.sampled_images import SampledTestImages
-from networks import TIMED_BATCH_SIZE, early_exit, exits_taken, run_to_exit, time_points
+from networks import (
+    TIMED_BATCH_SIZE,
+    CapturedInference,
+    EarlyExit,
+    early_exit,
+    exits_taken,
+    time_points,
+)
 
 NUM_BINS = 20  # of an entropy histogram
 MAX_TIMED = 43  # points of the curve
@@ -46,7 +53,9 @@ class ExitStatistics(SampledTestImages):
     without the others. Once as it is (branches "run"), and once as if branches cost nothing
     ("free"), which is what BranchyNet's authors measured.
 
-    Reads of the module: `net`, `exit_names`, `has_early_exits`, `exit_criterion`,
+    Where the module's `capture` says so, exits and trunk are recorded for it.
+
+    Reads of the module: `capture`, `net`, `exit_names`, `has_early_exits`, `exit_criterion`,
     `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `measure()`.
 
     Raises:
@@ -156,13 +165,15 @@ def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     """Returns the trunk and every point of thresholds, in the columns of `SPEED`."""
     net, costs, criterion = module.net, module.exit_costs, module.exit_criterion
-    contenders: dict[str, Callable[[Tensor], object]] = {
-        "trunk": one_by_one(partial(run_to_exit, net, net.num_exits - 1))
-    }
+    capture = module.capture
+    paths = [path_to(net, index) for index in range(net.num_exits)]
+    if capture != "none":
+        paths = [CapturedInference(path, images[:1]) for path in paths]
+    contenders: dict[str, Callable[[Tensor], object]] = {"trunk": one_by_one(paths[-1])}
     for point, thresholds in module.exit_thresholds.items():
-        answer = partial(early_exit, net, thresholds=thresholds, criterion=criterion)
-        contenders[point] = one_by_one(answer)
-        contenders[f"{point}, free"] = trunk_only(net, answer(images).exit_index)
+        contenders[point] = one_by_one(EarlyExit(net, thresholds, criterion, capture))
+        taken = early_exit(net, images, thresholds, criterion).exit_index
+        contenders[f"{point}, free"] = trunk_only(paths, taken)
     ms = time_points(contenders, [images])
 
     accuracy = module.exit_outputs.correct[:, -1].double().mean().item()
@@ -188,17 +199,27 @@ def one_by_one(function: Callable[[Tensor], object]) -> Callable[[Tensor], None]
     return run
 
 
-def trunk_only(net: Any, exit_index: Tensor) -> Callable[[Tensor], None]:
-    """Returns a function that takes each image to its exit and asks no exit but the last."""
-    taken, stages, last_exit = exit_index.tolist(), net.stages, net.exits[-1]
+def path_to(net: Any, index: int) -> Callable[[Tensor], object]:
+    """Returns a function that takes images to an exit, and asks none but the last."""
+
+    def run(images: Tensor) -> object:
+        state = images
+        for stage in net.stages[: index + 1]:
+            state = stage(state)
+        return net.exits[index](state) if index == net.num_exits - 1 else state
+
+    return run
+
+
+def trunk_only(
+    paths: Sequence[Callable[[Tensor], object]], exit_index: Tensor
+) -> Callable[[Tensor], None]:
+    """Returns a function that sends each image along the path to the exit that it takes."""
+    taken = exit_index.tolist()
 
     def run(images: Tensor) -> None:
         for image, index in zip(images.split(1), taken, strict=True):
-            state = image
-            for stage in stages[: index + 1]:
-                state = stage(state)
-            if index == len(stages) - 1:
-                last_exit(state)
+            paths[index](image)
 
     return run
 

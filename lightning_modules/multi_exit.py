@@ -18,8 +18,10 @@ from lightning_modules.base import (
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.schedules import Interval
 from networks import (
+    Answers,
     Criterion,
     ExitCosts,
+    ExitStream,
     MultiExitNetwork,
     check_criterion,
     check_thresholds,
@@ -29,6 +31,7 @@ from networks import (
     count_params_run,
     early_exit,
     exits_taken,
+    join_answers,
     run_to_exit,
 )
 from networks import entropy as entropy_of
@@ -108,7 +111,8 @@ class MultiExitClassifier(ImageClassifier):
         self.exit_names = [*(f"exit{k}" for k in range(1, net.num_exits)), FULL]
         self.exit_outputs: ExitOutputs | None = None
         self.exit_costs: ExitCosts | None = None
-        self._outputs: list[ExitOutputs] = []
+        self._outputs: list[ExitOutputs] = []  # of the batches so far, where they were computed
+        self._stream: ExitStream | None = None  # of the present prediction
         self._thresholds_step = 0  # optimizer steps before the thresholds were found
         self._stale_steps = 0  # and from then until the checkpoint that holds them
         self.found = FoundThresholds()
@@ -191,7 +195,7 @@ class MultiExitClassifier(ImageClassifier):
                 [entropy_of(values) for values in exits],
                 [values.argmax(1) == labels for values in exits],
             )
-            self._outputs.append(ExitOutputs(*(torch.stack(part, 1).cpu() for part in parts)))
+            self._outputs.append(ExitOutputs(*(torch.stack(part, 1) for part in parts)))
         return logits
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:
@@ -210,19 +214,18 @@ class MultiExitClassifier(ImageClassifier):
 
     def _gather_outputs(self) -> None:
         """Puts the outputs of all batches and ranks together, as if one process had made them."""
-        ranks = [self._outputs]
-        if self.trainer.world_size > 1:
-            ranks = [[]] * self.trainer.world_size
-            torch.distributed.all_gather_object(ranks, self._outputs)
-        parts = [part for outputs in ranks for part in outputs]
-        columns = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        self.exit_outputs = ExitOutputs(*columns)
+        ranks = [join_outputs(self._outputs)]
         self._outputs = []
+        if self.trainer.world_size > 1:
+            own, ranks = ranks[0], [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        self.exit_outputs = join_outputs(ranks)
 
     def on_test_start(self) -> None:
         self._warn_about_thresholds()
 
     def on_predict_start(self) -> None:
+        self._stream = None
         self._warn_about_thresholds()
 
     def _warn_about_thresholds(self) -> None:
@@ -243,13 +246,33 @@ class MultiExitClassifier(ImageClassifier):
         """Leaves early; returns class probabilities (N, num_classes) and exits (N,), from 1.
 
         The thresholds are those given, or those the method prefers. Without any, the last exit
-        answers and the exits are not returned.
+        answers and the exits are not returned. With `capture`, the answers come in the order of the
+        images, but later: with the last batch all that are left.
         """
         if not self.exit_thresholds:
             return super().predict_step(batch, batch_idx)
         thresholds = next(iter(self.exit_thresholds.values()))
-        answers = early_exit(self.net, batch[0], thresholds, self.exit_criterion)
+        if self.capture == "none":
+            answers = early_exit(self.net, batch[0], thresholds, self.exit_criterion)
+        else:
+            answers = self._next_answers(batch[0], thresholds)
         return answers.logits.softmax(1), answers.exit_index + 1
+
+    def _next_answers(self, images: Tensor, thresholds: Sequence[float]) -> Answers:
+        """Gives images to the stream of this prediction and returns what it knows by now."""
+        if self._stream is None:
+            self._stream = ExitStream(
+                self.net, thresholds, self.exit_criterion, len(images), self.capture
+            )
+        parts = [self._stream.push(images)]
+        if self.trainer.predict_loop.batch_progress.is_last_batch:
+            parts.append(self._stream.finish())
+            self._stream = None
+        parts = [part for part in parts if part is not None]
+        if not parts:
+            logits = images.new_empty(0, self.net.num_classes)
+            return Answers(logits, images.new_empty(0, dtype=torch.int64))
+        return join_answers(parts)
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -271,3 +294,8 @@ class MultiExitClassifier(ImageClassifier):
         self.found = FoundThresholds(**fields)
         self._thresholds_step = found["step"]
         self._stale_steps = checkpoint["global_step"] - found["step"] if self.found.curve else 0
+
+
+def join_outputs(parts: Sequence[ExitOutputs]) -> ExitOutputs:
+    """Returns the outputs of several batches or ranks as those of one, on the CPU."""
+    return ExitOutputs(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))

@@ -16,6 +16,7 @@ from networks.cost import (
 )
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
+    Answers,
     Criterion,
     ExitCosts,
     MultiExitNetwork,
@@ -32,9 +33,11 @@ from networks.early_exit import (
     run_to_exit,
     time_exits,
 )
+from networks.exit_stream import STREAM_BATCH_SIZE, ExitStream, early_exit_stream, join_answers
 from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
 from networks.msdnet import MSDNet
 from networks.recalibration import recalibrate
+from networks.recorded_exits import EarlyExit
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
 from networks.slimmable import SlimmableNetwork, extract
 from networks.slimmable_layers import (
@@ -57,7 +60,9 @@ from networks.thresholds import (
 __all__ = [
     "MAX_GRID",
     "NUM_TIMED_ROUNDS",
+    "STREAM_BATCH_SIZE",
     "TIMED_BATCH_SIZE",
+    "Answers",
     "BranchyAlexNet",
     "BranchyLeNet",
     "BranchyResNet",
@@ -68,7 +73,9 @@ __all__ = [
     "CifarResNet",
     "Criterion",
     "DenseNet",
+    "EarlyExit",
     "ExitCosts",
+    "ExitStream",
     "MSDNet",
     "MultiExitNetwork",
     "Recorder",
@@ -97,12 +104,14 @@ __all__ = [
     "count_params",
     "count_params_run",
     "early_exit",
+    "early_exit_stream",
     "entropy",
     "exit_score",
     "exits_taken",
     "extract",
     "fold_survival_probs",
     "geometric_fractions",
+    "join_answers",
     "median_seconds",
     "recalibrate",
     "run_all_exits",

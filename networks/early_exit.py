@@ -323,8 +323,7 @@ def early_exit(
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise ValueError(EXPORT_REMEDY)
     check_thresholds(thresholds, len(exits), criterion)
-    if any(getattr(part, "training", False) for part in (network, *exits)):
-        raise ValueError("early exit needs a network in evaluation mode: call network.eval()")
+    check_evaluation_mode(network)
 
     state: State = images
     rows: Tensor | None = None  # of the images still inside; None: all
@@ -358,14 +357,23 @@ def early_exit(
     return answers
 
 
+def check_evaluation_mode(network: HasExits) -> None:
+    """Raises ValueError if the network is in training mode."""
+    if any(getattr(part, "training", False) for part in (network, *network.exits)):
+        raise ValueError("early exit needs a network in evaluation mode: call network.eval()")
+
+
 def _require_finite(logits: Tensor) -> None:
     # The sum is faster, and wrong in one way alone: it can overflow.
     if not math.isfinite(logits.sum()) and not logits.isfinite().all():
-        num_bad = int((~logits.isfinite()).any(1).sum())
-        raise FloatingPointError(
-            f"{num_bad} of {len(logits)} images have logits that are not finite at the last exit: "
-            "check these images and the weights"
-        )
+        raise not_finite(int((~logits.isfinite()).any(1).sum()), len(logits))
+
+
+def not_finite(num_bad: int, num_images: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{num_bad} of {num_images} images have logits that are not finite at the last exit: "
+        "check these images and the weights"
+    )
 
 
 def exits_taken(scores: Tensor, thresholds: Sequence[float], criterion: Criterion) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from callbacks import ExitStatistics
-from callbacks.exit_statistics import curve_rows, entropy_rows, panels, trunk_only
+from callbacks.exit_statistics import curve_rows, entropy_rows, panels, path_to, trunk_only
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitResNet
 from lightning_modules.branchynet import read_weights
 from lightning_modules.multi_exit import ExitOutputs
-from networks import CifarResNet, ResNetWithExits, count_macs, count_params, early_exit
+from networks import CifarResNet, EarlyExit, ResNetWithExits, count_macs, count_params, early_exit
 from networks.early_exit import ExitCosts
 from running import CSVHistory, OperatingPoints, PredictionWriter
 
@@ -293,7 +293,8 @@ def test_trunk_alone_asks_no_exit_but_the_last(trained) -> None:
             "head": module.net.trunk.fc,
         }.items()
     ]
-    trunk_only(module.net, torch.tensor([0, 1, 2]))(torch.zeros(3, 1, 32, 32))
+    paths = [path_to(module.net, index) for index in range(3)]
+    trunk_only(paths, torch.tensor([0, 1, 2]))(torch.zeros(3, 1, 32, 32))
     for hook in hooks:
         hook.remove()
     assert seen == ["stem", "stem", "block", "stem", "block", "last block", "head"]
@@ -417,6 +418,49 @@ def test_predict_says_which_exit_answered(trained, tmp_path: Path) -> None:
         assert [int(row["exit"]) for row in written] == (taken + 1).tolist()
         assert [int(row["class"]) for row in written] == logits.argmax(1).tolist()
     assert taken.unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_predict_at_a_constant_batch_size(limit: float, trained, tmp_path: Path) -> None:
+    """With `capture`, in the order of images, whatever comes when."""
+    folder, module = trained
+    data = DigitsDataModule(eval_batch_size=48)
+    data.setup("test")
+    images, _ = all_of(data, "test")
+    images = images[: int(limit) * 48] if limit > 1 else images
+    thresholds = [Categorical(logits=x).entropy().median().item() for x in module.net(images)[:2]]
+    for _ in range(2):  # the second time with another stream
+        fresh = LitBranchyNet(network(), exit_thresholds=thresholds)
+        fresh.capture = "graphs"
+        trainer = make_trainer(tmp_path, limit_predict_batches=limit)
+        parts = trainer.predict(fresh, datamodule=data, ckpt_path=folder / "last.ckpt")
+        logits, taken = early_exit(module.net, images, thresholds)
+        written = rows(tmp_path / "predictions.csv")
+        assert [int(row["exit"]) for row in written] == (taken + 1).tolist()
+        assert [int(row["class"]) for row in written] == logits.argmax(1).tolist()
+        probs = torch.cat([probs for probs, _ in parts])
+        torch.testing.assert_close(probs, logits.softmax(1), rtol=1e-4, atol=1e-6)
+        assert fresh._stream is None
+    assert taken.unique().tolist() == [0, 1, 2]
+
+
+def test_speed_is_measured_with_capture_too(trained, tmp_path: Path, monkeypatch) -> None:
+    folder, _ = trained
+    seen = []
+    answer = EarlyExit.__call__
+    monkeypatch.setattr(EarlyExit, "__call__", lambda *given: seen.append(1) or answer(*given))
+    module = LitBranchyNet(network(), exit_thresholds=[2.1, 1.0])
+    module.capture = "graphs"
+    make_trainer(tmp_path).test(
+        module, datamodule=DigitsDataModule(), ckpt_path=folder / "last.ckpt", verbose=False
+    )
+    assert len(seen) == 6 * 64 * 4  # rounds, images, points
+    columns = ("point", "branches", "test_acc", "macs")
+    for old, new in zip(
+        rows(folder / "exit_speed.csv"), rows(tmp_path / "exit_speed.csv"), strict=True
+    ):
+        assert [old[name] for name in columns] == [new[name] for name in columns]
+        assert float(new["ms_per_image"]) > 0
 
 
 def test_without_validation_data_the_last_exit_answers(tmp_path: Path) -> None:
