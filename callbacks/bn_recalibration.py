@@ -100,16 +100,11 @@ class BNRecalibration(Callback):
         pl_module: LightningModule,
         runs: Sequence[Callable[[Tensor], object]],
     ) -> None:
-        def merge(values: Tensor) -> Tensor:
-            if trainer.world_size == 1:
-                return values
-            values = values.to(pl_module.device)
-            return trainer.strategy.reduce(values, reduce_op="sum")
-
+        merge = partial(trainer.strategy.reduce, reduce_op="sum")
         self.step = trainer.global_step
         images = training_images(trainer, pl_module.device, self.num_images, self.num_batches)
         with trainer.precision_plugin.forward_context():
-            recalibrate(pl_module.net, images, runs, merge)
+            recalibrate(pl_module.net, images, runs, merge if trainer.world_size > 1 else None)
 
 
 def training_images(

@@ -172,15 +172,15 @@ class LitSlimmable(SlimmableClassifier):
             if width != self.widths[-1]:
                 self.backward_now(loss)
         self.log_training(total, widest, labels, batch_idx)
-        return loss + self.zero_of_other_switches()
+        return loss if self.trainer.world_size == 1 else loss + self.zero_of_switches()
 
-    def zero_of_other_switches(self) -> Tensor:
-        """Returns 0, as a function of the BNs that the last width does not run.
+    def zero_of_switches(self) -> Tensor:
+        """Returns 0, as a function of all BNs, of which the last width runs its own alone.
 
         DDP synchronises the gradients of what the last backward reaches.
         """
         switches = [norm for norm in self.net.modules() if isinstance(norm, SwitchableBatchNorm2d)]
-        return sum(0 * parameter.sum() for norm in switches for parameter in norm.parameters())
+        return 0 * torch.cat([p for norm in switches for p in norm.parameters()]).sum()
 
 
 class LitUniversallySlimmable(SlimmableClassifier):

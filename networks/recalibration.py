@@ -14,7 +14,7 @@ Differences from the released code:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +25,38 @@ from networks.slimmable_layers import SlimmableBatchNorm2d
 BatchNorm = _BatchNorm | SlimmableBatchNorm2d
 
 
-class Sums:
-    """Weighted sums of the statistics of batches."""
+class Running:
+    """Mean and variance of one BN at one width, over all images so far; BN itself updates them.
 
-    def __init__(self) -> None:
-        self.statistics: Tensor | float = 0.0
+    Args:
+        values: mean and variance, (C,) each.
+    """
+
+    def __init__(self, values: Sequence[Tensor]):
+        self.mean, self.variance = values
         self.num_images = 0
 
-    def add(self, statistics: Tensor, num_images: int) -> None:
-        self.statistics = self.statistics + num_images * statistics
+    def momentum(self, num_images: int) -> float:
+        """Counts a batch, and returns its share of all images."""
         self.num_images += num_images
+        return num_images / max(1, self.num_images)
 
-    def mean(self, merge: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the mean over images, of all ranks that `merge` sums over."""
-        # One tensor, so that ranks meet once for it.
-        count = self.statistics.new_full((1,), self.num_images)
-        merged = merge(torch.cat([self.statistics.flatten(), count]))
-        return (merged[:-1] / merged[-1]).view_as(self.statistics)
+
+class Zeros:
+    """Hands out zeros; filling a tensor for each BN and width would take as long as a BN does."""
+
+    CHUNK = 4096  # numbers; statistics that are saved take a whole number of chunks
+
+    def __init__(self) -> None:
+        self.rest = torch.empty(0)
+
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """Returns (2, count) of the type of a tensor, and on its device."""
+        fits = (self.rest.dtype, self.rest.device) == (like.dtype, like.device)
+        if not fits or self.rest.numel() < 2 * count:
+            self.rest = like.new_zeros(max(self.CHUNK, 2 * count))
+        taken, self.rest = self.rest[: 2 * count], self.rest[2 * count :]
+        return taken.view(2, count)
 
 
 @torch.no_grad()
@@ -49,7 +64,7 @@ def recalibrate(
     network: nn.Module,
     batches: Iterable[Tensor],
     runs: Sequence[Callable[[Tensor], object]] | None = None,
-    merge: Callable[[Tensor], Tensor] = torch.clone,
+    merge: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Replaces the statistics of every BN that runs; changes no weight.
 
@@ -61,65 +76,106 @@ def recalibrate(
         batches: training images, (N, C, H, W), augmented as in training.
         runs: what to run on every batch, in one pass over them: of a slimmable network
             ``[partial(network, width_mult=width) for width in widths]``. None: the network.
-        merge: sums a tensor over all ranks, each of which has images of its own.
+        merge: sums a tensor over all ranks, each of which has images of its own; called once.
+            None: there is one rank.
 
     Raises:
         ValueError: no images, or no BN.
     """
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    sums: dict[BatchNorm, dict[str, Sums]] = {norm: {} for norm in norms}
     flags = {module: module.training for module in network.modules()}
-    undo = [gather(norm, sums[norm]) for norm in norms]
+    zeros, found = Zeros(), []
+    endings = [watch(norm, zeros, found) for norm in norms]
     network.eval()
     for norm in norms:
         norm.train()
-    num_batches = 0
+    num_batches, is_done = 0, False
     try:
         for images in batches:
             num_batches += 1
             for run in [network] if runs is None else runs:
                 run(images)
+        if num_batches == 0:
+            raise ValueError("no training images to recalibrate with: give at least one batch")
+        if not found:
+            raise ValueError("no BN was run, so there is nothing to recalibrate")
+        if merge is not None:
+            merge_ranks(found, merge)
+        is_done = True
     finally:
-        for restore in undo:
-            restore()
+        for end in endings:
+            end(is_done)
         for module, flag in flags.items():
             module.training = flag
-    if num_batches == 0:
-        raise ValueError("no training images to recalibrate with: give at least one batch")
-    if not any(sums.values()):
-        raise ValueError("no BN was run, so there is nothing to recalibrate")
-    for norm in norms:
-        for name, total in sums[norm].items():
-            mean_and_var = total.mean(merge)
-            if isinstance(norm, SlimmableBatchNorm2d):
-                # Lightning evaluates in inference mode, whose tensors autograd refuses later.
-                with torch.inference_mode(False):
-                    norm.statistics[name] = mean_and_var.clone()
-            else:
-                norm.running_mean.copy_(mean_and_var[0])
-                norm.running_var.copy_(mean_and_var[1])
 
 
-def gather(norm: BatchNorm, sums: dict[str, Sums]) -> Callable[[], None]:
-    """Makes a BN add its batches' statistics to `sums`, by width; returns what ends that."""
+def merge_ranks(found: Sequence[Running], merge: Callable[[Tensor], Tensor]) -> None:
+    """Replaces statistics by those of the images of all ranks, which meet once for it."""
+    values = list(chain.from_iterable((one.mean, one.variance) for one in found))
+    flat = torch.cat(values)
+    dtype = torch.promote_types(flat.dtype, torch.float32)  # half a float cannot count images
+    counts = [one.num_images for one in found]
+    lengths = torch.tensor([2 * len(one.mean) for one in found], device=flat.device)
+    spread = {"repeats": lengths, "output_size": len(flat)}
+    images = torch.tensor(counts, device=flat.device, dtype=dtype)
+    merged = merge(torch.cat([flat * images.repeat_interleave(**spread), images]))
+    means = merged[: len(flat)] / merged[len(flat) :].repeat_interleave(**spread)
+    for value, mean in zip(values, means.split([len(v) for v in values]), strict=True):
+        value.copy_(mean)
+
+
+def watch(norm: BatchNorm, zeros: Zeros, found: list[Running]) -> Callable[[bool], None]:
+    """Makes a BN gather statistics, by width, and add them to `found`.
+
+    Returns:
+        What ends that, and keeps the new statistics or puts back the old ones.
+    """
     if isinstance(norm, SlimmableBatchNorm2d):
-        norm.record = lambda name, *batch: sums.setdefault(name, Sums()).add(*batch)
-        return partial(setattr, norm, "record", None)
-
+        return watch_shared(norm, zeros, found)
     state = {name: value.clone() for name, value in norm.named_buffers()}
     norm.reset_running_stats()  # 0 times what is not a number would stay so
-    momentum, norm.momentum = norm.momentum, 1.0  # of one batch, and unbiased
+    momentum = norm.momentum
+    own: list[Running] = []
 
-    def add(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        statistics = torch.stack([norm.running_mean, norm.running_var])
-        sums.setdefault("", Sums()).add(statistics, len(output))
+    def weigh(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if not own:
+            own.append(Running([norm.running_mean, norm.running_var]))
+            found.append(own[0])
+        norm.momentum = own[0].momentum(len(inputs[0]))
 
-    hook = norm.register_forward_hook(add)
+    hook = norm.register_forward_pre_hook(weigh)
 
-    def restore() -> None:
+    def end(keep: bool) -> None:
         hook.remove()
         norm.momentum = momentum
         for name, value in norm.named_buffers():
-            value.copy_(state[name])
+            if not (keep and own and name.startswith("running_")):
+                value.copy_(state[name])
 
-    return restore
+    return end
+
+
+def watch_shared(
+    norm: SlimmableBatchNorm2d, zeros: Zeros, found: list[Running]
+) -> Callable[[bool], None]:
+    """Does so with a BN that has statistics for each width."""
+    gathered: dict[str, Tensor] = {}
+    running: dict[str, Running] = {}
+
+    def record(name: str, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        if name not in running:
+            # Lightning evaluates in inference mode, whose tensors autograd refuses later.
+            with torch.inference_mode(False):
+                gathered[name] = zeros.take(x.shape[1], norm.weight.detach())
+                running[name] = Running(gathered[name].unbind())
+            found.append(running[name])
+        one = running[name]
+        return one.mean, one.variance, one.momentum(len(x))
+
+    def end(keep: bool) -> None:
+        norm.record = None
+        if keep:
+            norm.statistics.update(gathered)
+
+    norm.record = record
+    return end

@@ -26,15 +26,15 @@ Differences from the released code:
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from networks.initialization import draw_weights
+from networks.narrow import KeptWidths, Residual, fill, gather
 from networks.slimmable_layers import (
     Activation,
     Channels,
-    Residual,
     SlimmableBatchNorm2d,
     SlimmableConv2d,
     SlimmableLayer,
@@ -108,6 +108,7 @@ class SlimmableNetwork(nn.Module):
         self.divisor = divisor
         self.group_channels: list[int] = []
         self.units = nn.ModuleList()
+        self._kept = KeptWidths()
 
     # --- widths -----------------------------------------------------------------------------------
 
@@ -210,8 +211,15 @@ class SlimmableNetwork(nn.Module):
             if isinstance(norm, SlimmableBatchNorm2d)
         )
 
+    def train(self, mode: bool = True) -> "SlimmableNetwork":
+        self._kept.clear()
+        return super().train(mode)
+
     def forward(self, images: Tensor, width_mult: WidthMult = 1.0) -> Tensor:
         """Classifies images.
+
+        In evaluation and without gradients the weights of the latest widths are kept, until the
+        network's change; see `networks.narrow.KeptWidths`.
 
         Args:
             images: (N, C, H, W).
@@ -223,11 +231,32 @@ class SlimmableNetwork(nn.Module):
         Raises:
             ValueError: see `width`; in evaluation, a width without BN statistics.
         """
-        width = self.width(width_mult)
+        plain = None
+        # A captured graph would go on reading copies of weights that have changed.
+        captures = images.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (self.training or torch.is_grad_enabled() or captures):
+            plain = self._plain(width_mult)
+        return self._run(images, self.width(width_mult)) if plain is None else plain(images)
+
+    def _plain(self, width_mult: WidthMult) -> nn.Module | None:
+        key = width_mult if isinstance(width_mult, float | int) else tuple(width_mult)
+
+        def make() -> tuple[str, nn.Module]:
+            width = self.width(width_mult)
+            return width.name, cut_out(self, width)
+
+        return self._kept.get(self, key, make)
+
+    def _run(self, images: Tensor, width: Width) -> Tensor:
+        sizes, channels = {}, self.in_channels
+        for unit in self.units:
+            more, channels = unit.sizes(channels, width)
+            sizes |= more
+        narrow = gather(sizes | self.fc.sizes(channels))
         x = images
         for unit in self.units:
-            x = unit(x, width)
-        return self.fc(x.mean((2, 3)))
+            x = unit(x, width._replace(narrow=narrow))
+        return self.fc(x.mean((2, 3)), narrow)
 
 
 # --- cutting out ----------------------------------------------------------------------------------
@@ -249,17 +278,22 @@ def extract(
     Raises:
         ValueError: no such width, or one without BN statistics.
     """
-    width = network.width(width_mult)
+    plain = cut_out(network, network.width(width_mult))
+    for tensor in [*plain.parameters(), *plain.buffers()]:
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return fold(plain) if fold_bn else plain
+
+
+def cut_out(network: SlimmableNetwork, width: Width) -> nn.Sequential:
+    """Returns an ordinary network of one width, made of slices of the slimmable one's memory."""
     channels, modules = network.in_channels, []
     for unit in network.units:
         layers, channels = unit.extract(channels, width)
         modules += layers
-    weight = network.fc.weight[:, :channels]
-    like = {"device": weight.device, "dtype": weight.dtype}
-    fc = skip_init(nn.Linear, channels, network.num_classes, **like)
-    fc.load_state_dict({"weight": weight, "bias": network.fc.bias})
-    plain = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), fc).eval()
-    return fold(plain) if fold_bn else plain
+    with torch.device("meta"):
+        fc = nn.Linear(channels, network.num_classes)
+    fill(fc, {"weight": network.fc.weight[:, :channels], "bias": network.fc.bias})
+    return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), fc).eval()
 
 
 def fold(module: nn.Module) -> nn.Module:

@@ -6,18 +6,31 @@ Papers, and differences from the released code: see `networks.slimmable`.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+
+from networks.narrow import InPlaceReLU6, Residual, Sizes, fill
 
 WidthMult = float | Sequence[float]
 Activation = Literal["relu", "relu6"] | None
 
+Narrow = Mapping[Tensor, Tensor]
+"""Dense copies of parameters at a width; a layer slices what is not among them."""
+
 ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "relu6": nn.ReLU6(inplace=True)}
+NOTHING: Narrow = MappingProxyType({})
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Returns the activation of x, in place."""
+    if activation is None:
+        return x
+    return InPlaceReLU6.apply(x) if activation == "relu6" else x.relu_()
 
 
 class Width(NamedTuple):
@@ -27,6 +40,8 @@ class Width(NamedTuple):
     """What BN statistics of this width are filed under: "0.25", or "0.25,0.5,..."."""
     channels: tuple[int, ...]
     """Active channels of each group."""
+    narrow: Narrow = NOTHING
+    """Weights that were gathered for it."""
 
 
 def name_of(width_mult: WidthMult) -> str:
@@ -45,12 +60,15 @@ class SlimmableConv2d(nn.Conv2d):
     groups, every group is slimmed alike.
     """
 
-    def forward(self, x: Tensor, out_channels: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, out_channels: int | None = None, narrow: Narrow = NOTHING
+    ) -> Tensor:
         """Convolves.
 
         Args:
             x: (N, in, H, W), at most `in_channels` of them.
             out_channels: number of outputs; None: all, or as many as inputs if depthwise.
+            narrow: weights that were gathered.
 
         Returns:
             (N, out, H', W').
@@ -58,7 +76,7 @@ class SlimmableConv2d(nn.Conv2d):
         Raises:
             ValueError: channels that the groups do not divide.
         """
-        weight, bias, groups = self.slice(x.shape[1], out_channels)
+        weight, bias, groups = self.slice(x.shape[1], out_channels, narrow)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -66,7 +84,7 @@ class SlimmableConv2d(nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def slice(
-        self, in_channels: int, out_channels: int | None
+        self, in_channels: int, out_channels: int | None, narrow: Narrow = NOTHING
     ) -> tuple[Tensor, Tensor | None, int]:
         """Returns weight, bias and groups of the convolution between these numbers of channels."""
         weight, bias, groups = self.weight, self.bias, self.groups
@@ -77,6 +95,8 @@ class SlimmableConv2d(nn.Conv2d):
             out_channels = self.out_channels
         if (in_channels, out_channels) == (self.in_channels, self.out_channels):
             return weight, bias, groups
+        if weight in narrow:
+            return narrow[weight], narrow.get(bias, bias), groups
         if is_depthwise or groups == 1:
             bias = None if bias is None else bias[:out_channels]
             return weight[:out_channels, : in_channels // groups], bias, groups
@@ -90,13 +110,29 @@ class SlimmableConv2d(nn.Conv2d):
         bias = None if bias is None else bias.unflatten(0, (groups, -1))[:, :outs].flatten()
         return weight, bias, groups
 
+    def sizes(self, in_channels: int, out_channels: int) -> Sizes:
+        """Returns the sizes of the parameters between these numbers of channels.
+
+        In groups they are not the first of the layer, and are not named.
+        """
+        if self.groups not in (1, self.out_channels):
+            return {}
+        ins = in_channels if self.groups == 1 else 1
+        bias = {} if self.bias is None else {self.bias: (out_channels,)}
+        return {self.weight: (out_channels, ins, *self.kernel_size), **bias}
+
 
 class SlimmableLinear(nn.Linear):
     """A linear layer on the inputs it gets; all its outputs are always there."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, narrow: Narrow = NOTHING) -> Tensor:
         """Returns (N, out) of x (N, in), at most `in_features` of them."""
-        return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
+        weight = narrow.get(self.weight)
+        return F.linear(x, self.weight[:, : x.shape[1]] if weight is None else weight, self.bias)
+
+    def sizes(self, in_features: int) -> Sizes:
+        """Returns the size of the weight for this number of inputs."""
+        return {self.weight: (self.out_features, in_features)}
 
 
 class SlimmableBatchNorm2d(nn.Module):
@@ -110,8 +146,9 @@ class SlimmableBatchNorm2d(nn.Module):
 
     Attributes:
         statistics: mean and variance, (2, C), by the name of the width; part of the state dict.
-        record: called in training with the name of the width, mean and unbiased variance (2, C) of
-            the batch, and its number of images; None but during recalibration.
+        record: None but during recalibration: returns for the name of the width and the inputs
+            where the mean and the unbiased variance of all batches, (C,) each, shall be updated,
+            and with what momentum.
     """
 
     eps = 1e-5
@@ -121,7 +158,7 @@ class SlimmableBatchNorm2d(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.statistics: dict[str, Tensor] = {}
-        self.record: Callable[[str, Tensor, int], None] | None = None
+        self.record: Callable[[str, Tensor], tuple[Tensor, Tensor, float]] | None = None
 
     def forward(self, x: Tensor, width: Width) -> Tensor:
         """Normalises x (N, C, H, W), C of the channels.
@@ -130,20 +167,20 @@ class SlimmableBatchNorm2d(nn.Module):
             ValueError: in evaluation, a width without statistics.
         """
         channels, weight, bias = x.shape[1], self.weight, self.bias
-        if channels < len(weight):
+        if weight in width.narrow:
+            weight, bias = width.narrow[weight], width.narrow[bias]
+        elif channels < len(weight):
             weight, bias = weight[:channels], bias[:channels]
         if not self.training:
             mean, variance = self.statistics_of(width.name).unbind()
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
-        if self.record is None:
-            if self.statistics:
-                self.statistics = {}
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
-        of_batch = torch.zeros(2, channels, device=x.device, dtype=weight.dtype)
-        # Momentum 1 keeps mean and unbiased variance of this batch, which are computed anyway.
-        out = F.batch_norm(x, *of_batch, weight, bias, training=True, momentum=1.0, eps=self.eps)
-        self.record(width.name, of_batch, len(x))
-        return out
+        mean = variance = None
+        momentum = 0.0
+        if self.record is not None:
+            mean, variance, momentum = self.record(width.name, x)
+        elif self.statistics:
+            self.statistics = {}
+        return F.batch_norm(x, mean, variance, weight, bias, True, momentum, self.eps)
 
     def statistics_of(self, name: str) -> Tensor:
         """Returns mean and variance, (2, C), of a width.
@@ -158,6 +195,10 @@ class SlimmableBatchNorm2d(nn.Module):
                 "networks.recalibrate or callbacks.BNRecalibration"
             )
         return self.statistics[name]
+
+    def sizes(self, num_features: int) -> Sizes:
+        """Returns the sizes of scale and shift for this number of channels."""
+        return {self.weight: (num_features,), self.bias: (num_features,)}
 
     def state_at(self, width: Width, num_features: int) -> dict[str, Tensor]:
         """Returns the state dict of an ordinary BN of this width; errors as `statistics_of`."""
@@ -201,6 +242,10 @@ class SwitchableBatchNorm2d(nn.Module):
     def forward(self, x: Tensor, width: Width) -> Tensor:
         """Normalises x (N, C, H, W) by the BN of the width."""
         return self.switches[self.names.index(width.name)](x)
+
+    def sizes(self, num_features: int) -> Sizes:
+        """Returns nothing: no switch is cut."""
+        return {}
 
     def state_at(self, width: Width, num_features: int) -> dict[str, Tensor]:
         """Returns the state dict of the BN of the width."""
@@ -248,30 +293,28 @@ class SlimmableLayer(nn.Module):
         self.out = out
 
     def forward(self, x: Tensor, width: Width) -> Tensor:
-        x = self.norm(self.conv(x, self.out.at(width)), width)
-        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+        x = self.norm(self.conv(x, self.out.at(width), width.narrow), width)
+        return activate(x, self.activation)
+
+    def sizes(self, in_channels: int, width: Width) -> tuple[Sizes, int]:
+        """Returns the sizes of the parameters for these inputs, and the number of outputs."""
+        out_channels = self.out.at(width)
+        conv, norm = self.conv.sizes(in_channels, out_channels), self.norm.sizes(out_channels)
+        return conv | norm, out_channels
 
     def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
-        """Returns plain layers for this number of inputs, and the number of their outputs."""
+        """Returns plain layers, slices of these, for these inputs, and the number of outputs."""
         wide, out_channels = self.conv, self.out.at(width)
         weight, bias, groups = wide.slice(in_channels, out_channels)
-        geometry = (wide.kernel_size, wide.stride, wide.padding, wide.dilation)
-        like = {"device": weight.device, "dtype": weight.dtype}
-        conv = skip_init(
-            nn.Conv2d,
-            in_channels,
-            out_channels,
-            *geometry,
-            groups,
-            bias is not None,
-            wide.padding_mode,
-            **like,
-        )
+        geometry = (wide.kernel_size, wide.stride, wide.padding, wide.dilation, groups)
+        with torch.device("meta"):
+            conv = nn.Conv2d(
+                in_channels, out_channels, *geometry, bias is not None, wide.padding_mode
+            )
+            norm = nn.BatchNorm2d(out_channels)
         state = {"weight": weight, "bias": bias}
-        conv.load_state_dict({name: part for name, part in state.items() if part is not None})
-        norm = nn.BatchNorm2d(out_channels, **like)
-        norm.load_state_dict(self.norm.state_at(width, out_channels))
-        layers = [conv, norm]
+        fill(conv, {name: part for name, part in state.items() if part is not None})
+        layers = [conv, fill(norm, self.norm.state_at(width, out_channels))]
         if self.activation is not None:
             layers.append(copy.deepcopy(ACTIVATIONS[self.activation]))
         return layers, out_channels
@@ -291,27 +334,11 @@ class SlimmablePool(nn.Module):
     def forward(self, x: Tensor, width: Width) -> Tensor:
         return self.pool(x)
 
+    def sizes(self, in_channels: int, width: Width) -> tuple[Sizes, int]:
+        return {}, in_channels
+
     def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
         return [copy.deepcopy(self.pool)], in_channels
-
-
-class Residual(nn.Module):
-    """``activation(shortcut(x) + branch(x))``.
-
-    Args:
-        branch: any layers.
-        shortcut: layers, or an empty `nn.Sequential`: the identity.
-        activation: what follows the addition.
-    """
-
-    def __init__(self, branch: nn.Module, shortcut: nn.Module, activation: nn.Module):
-        super().__init__()
-        self.branch = branch
-        self.shortcut = shortcut
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.branch(x) + self.shortcut(x))
 
 
 class SlimmableResidual(nn.Module):
@@ -339,7 +366,17 @@ class SlimmableResidual(nn.Module):
         for layer in self.layers:
             branch = layer(branch, width)
         x = branch + (x if self.shortcut is None else self.shortcut(x, width))
-        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+        return activate(x, self.activation)
+
+    def sizes(self, in_channels: int, width: Width) -> tuple[Sizes, int]:
+        """Returns the sizes of the parameters for these inputs, and the number of outputs."""
+        sizes, channels = {}, in_channels
+        for layer in self.layers:
+            more, channels = layer.sizes(channels, width)
+            sizes |= more
+        if self.shortcut is not None:
+            sizes |= self.shortcut.sizes(in_channels, width)[0]
+        return sizes, channels
 
     def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
         """Returns a plain residual block for these inputs, and the number of its outputs."""
