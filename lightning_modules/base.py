@@ -11,11 +11,10 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics.classification import MulticlassAccuracy
 
 from chance import key_to_seed
 from lightning_modules.losses import LossWatch, stopped
-from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name
+from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
 from lightning_modules.schedules import Interval, check_schedule
 from networks import check_choice, count_macs, count_params
 
@@ -69,7 +68,7 @@ class ImageClassifier(pl.LightningModule):
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
         # dict.
         self.train_loss = MeanOverImages()
-        self.train_acc = MulticlassAccuracy(net.num_classes, average="micro", validate_args=False)
+        self.train_acc = MeanOverImages()
         self.eval_loss = MeanOverImages()
         self.eval_acc = nn.ModuleDict()
 
@@ -197,8 +196,8 @@ class ImageClassifier(pl.LightningModule):
         trainer, step = self.trainer, self.global_step
         loss = loss.detach().clone()
         self.losses.add(loss, step, self.current_epoch)
-        self.train_loss.update(loss, len(labels))
-        self.train_acc.update(logits.detach(), labels)
+        self.train_loss.update(loss * len(labels), len(labels))
+        self.train_acc.update(count_right(logits.detach(), labels), len(labels))
         # For callbacks that monitor it. `self.log` would take a fifth of the time of the Trainer.
         trainer.callback_metrics["train/loss"] = loss
         if (step + 1) % trainer.log_every_n_steps == 0 and self.ends_step(batch_idx):
@@ -244,18 +243,16 @@ class ImageClassifier(pl.LightningModule):
         check_data(self.net, getattr(data, "num_classes", None), getattr(data, "image_shape", None))
         for name in self.evaluated_points():
             if _key(name) not in self.eval_acc:
-                accuracy = MulticlassAccuracy(
-                    self.net.num_classes, average="micro", validate_args=False
-                )
-                self.eval_acc[_key(name)] = accuracy.to(self.device)
+                self.eval_acc[_key(name)] = MeanOverImages().to(self.device)
 
     def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         """Counts one batch, and returns its logits."""
         images, labels = batch
         logits = self.evaluate(images)
-        self.eval_loss.update(F.cross_entropy(logits[FULL], labels), len(labels))
+        loss = F.cross_entropy(logits[FULL], labels)
+        self.eval_loss.update(loss * len(labels), len(labels))
         for name, values in logits.items():
-            self.eval_acc[_key(name)].update(values, labels)
+            self.eval_acc[_key(name)].update(count_right(values, labels), len(labels))
         return logits
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:

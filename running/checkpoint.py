@@ -24,7 +24,7 @@ BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
 Select = Literal["best", "last"]
 Mode = Literal["auto", "min", "max"]
-FORMAT = 2
+FORMAT = 3
 """Version of what a checkpoint holds beside Lightning's part; another version does not go on."""
 TIME_IS_OVER = 1
 """A reason to leave, beside the numbers of the warnings."""
