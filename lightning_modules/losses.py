@@ -55,10 +55,12 @@ class LossWatch:
         values = torch.stack([each.loss for each in self.seen]).tolist() if self.seen else []
         first = next((i for i, v in enumerate(values) if not math.isfinite(v)), len(values))
         if trainer.world_size > 1:
-            # The ranks have seen the same batches of the same steps.
-            mine = torch.tensor([flag, -first], device=trainer.strategy.root_device)
-            flag, first = trainer.strategy.reduce(mine, reduce_op="max").tolist()
-            first = -first
+            # The ranks have seen the same batches of the same steps. Lightning's reduce would add a
+            # barrier.
+            both = torch.tensor([flag, -first], device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+            flag, minus_first = both.tolist()
+            first = -minus_first
         if first < len(values):
             value = values[first] if not math.isfinite(values[first]) else "not finite"
             raise stopped(value, self.seen[first].step, self.seen[first].epoch)
