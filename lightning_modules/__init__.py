@@ -3,6 +3,7 @@
 from lightning_modules.base import ImageClassifier, sgd
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
+from lightning_modules.losses import LossNotFinite
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.msdnet import LitMSDNet
 from lightning_modules.multi_exit import MultiExitClassifier
@@ -22,6 +23,7 @@ __all__ = [
     "LitSlimmable",
     "LitStochasticDepth",
     "LitUniversallySlimmable",
+    "LossNotFinite",
     "MultiExitClassifier",
     "WarmupMultiStepLR",
     "accuracy_name",

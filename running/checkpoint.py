@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint, Timer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 import preemption
-from lightning_modules import accuracy_name
+from lightning_modules import LossNotFinite, accuracy_name
 from networks import check_choice
 from running.history import CSVHistory
 from running.wandb_logger import FaultTolerantWandbLogger
@@ -24,10 +24,12 @@ BEST = "best.ckpt"
 PREVIOUS = "previous.ckpt"
 Select = Literal["best", "last"]
 Mode = Literal["auto", "min", "max"]
-FORMAT = 2
+FORMAT = 3
 """Version of what a checkpoint holds beside Lightning's part; another version does not go on."""
 TIME_IS_OVER = 1
 """A reason to leave, beside the numbers of the warnings."""
+STEPS_BETWEEN_ASKING = 10
+"""Within an epoch, before several processes agree whether to leave: a collective, and a wait."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -35,14 +37,15 @@ class RunCheckpoint(Checkpoint):
 
     `last.ckpt` is saved after every validation, every epoch, and every `every_n_steps` optimizer
     steps; `best.ckpt` when the monitored metric improves. `previous.ckpt` is the one before the
-    last: if the loss right after a save is not finite, it takes the place of `last.ckpt`. Beside
-    what Lightning saves, each holds what the rest of the training depends on: the metrics that
-    callbacks read, whether one of them has asked to stop, and the number of rows of the CSV
-    history.
+    last: if the loss right after a save is not finite, it takes the place of `last.ckpt`. Losses
+    are checked before every save. Beside what Lightning saves, each holds what the rest of the
+    training depends on: the metrics that callbacks read, whether one of them has asked to stop, and
+    the number of rows of the CSV history.
 
     A scheduler's warning (see `preemption`) on any rank makes all ranks save after the optimizer
     step they are in, or the validation that follows it, and leave with `preemption.Preempted`. When
     the timer says that time is over they do the same, and leave with `preemption.TimeIsOver`.
+    Several processes ask each other every few steps, and go on until then.
 
     Args:
         select: which of the two the test set is evaluated with, by the paper's rule.
@@ -98,6 +101,7 @@ class RunCheckpoint(Checkpoint):
         return path
 
     def save(self, trainer: Trainer, name: str) -> None:
+        trainer.lightning_module.losses.check(trainer)
         # What a checkpoint knows of is not logged again by a run that goes on from it.
         for logger in trainer.loggers:
             if isinstance(logger, FaultTolerantWandbLogger):
@@ -122,14 +126,21 @@ class RunCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        # The loss that is not finite came right after this save: the step before it ruined the
-        # weights, and what was saved is no good.
-        is_new = trainer.state.fn == "fit" and self.saved_step == trainer.global_step
-        if isinstance(exception, FloatingPointError) and is_new and trainer.is_global_zero:
+        if trainer.state.fn != "fit" or not isinstance(exception, FloatingPointError):
+            return
+        # The first loss that is not finite came right after this save: the step before it ruined
+        # the weights, and what was saved is no good. Training may have gone on meanwhile.
+        step = exception.step if isinstance(exception, LossNotFinite) else trainer.global_step
+        if step == self.saved_step and trainer.is_global_zero:
             if self.path(trainer, PREVIOUS).exists():
                 os.replace(self.path(trainer, PREVIOUS), self.path(trainer, LAST))
             else:
                 self.path(trainer, LAST).unlink(missing_ok=True)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # Whether rank 0 has got SIGTERM, told to all in every step. `preemption` knows.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.select == "best" and not pl_module.validates:
@@ -144,9 +155,11 @@ class RunCheckpoint(Checkpoint):
         self.is_step_whole = pl_module.ends_step(batch_idx)
         if not self.is_step_whole or _hands_over(trainer, batch_idx):
             return
-        reason = self.reason_to_leave(trainer)
-        due = reason or trainer.global_step % self.every_n_steps == 0
-        if due and trainer.global_step != self.saved_step:
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0
+        asks = due or trainer.world_size == 1 or step % STEPS_BETWEEN_ASKING == 0
+        reason = self.reason_to_leave(trainer) if asks else 0
+        if (due or reason) and step != self.saved_step:
             self.save(trainer, LAST)
         leave_for(reason, trainer)
 
@@ -170,7 +183,10 @@ class RunCheckpoint(Checkpoint):
         """Returns a warning that any rank has got, `TIME_IS_OVER`, or 0; the same on all ranks."""
         seconds = self.timer.time_remaining()
         is_over = seconds is not None and seconds <= 0
-        return max_over_ranks(preemption.received() or is_over * TIME_IS_OVER, trainer)
+        reason = preemption.received() or is_over * TIME_IS_OVER
+        if trainer.world_size == 1:
+            return reason  # no need to wait for the losses
+        return trainer.lightning_module.losses.check(trainer, reason)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.restored is not None:

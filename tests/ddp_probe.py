@@ -1,6 +1,8 @@
 """A callback that compares the ranks of a distributed run; tests name it in their YAML."""
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,49 @@ class OwnData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self.loader()
+
+
+class CountsCollectives(Callback):
+    """Writes `collectives.json`: how many there were from the start of each batch to the next.
+
+    DDP's own, of gradients and buffers, are not counted: they do not go through Python.
+    """
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.before_batch: list[int] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = "all_reduce", "reduce", "broadcast", "all_gather", "barrier"
+        for name in (*names, "broadcast_object_list", "all_gather_object"):
+            setattr(torch.distributed, name, self.counted(getattr(torch.distributed, name)))
+
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.num_calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.before_batch.append(self.num_calls)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            counts = [after - before for before, after in pairwise(self.before_batch)]
+            Path(trainer.default_root_dir, "collectives.json").write_text(json.dumps(counts))
+
+
+class RuinsSecondRank(Callback):
+    """Gives the second process images that are no numbers, in step 13."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 13:
+            batch[0].fill_(torch.nan)
 
 
 class RanksAgree(Callback):

@@ -86,6 +86,36 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
     assert points("operating_points_again.csv") == of_two
 
 
+LONG_EPOCH = FORKED | {"max_epochs": 1, "limit_train_batches": 25, "log_every_n_steps": 1000}
+
+
+def long_epoch(folder: Path, callback: str) -> None:
+    """Writes an experiment of 25 steps, in which nothing is logged and nothing is saved."""
+    experiment(folder, "resnet", LONG_EPOCH | {"callbacks": {"class_path": callback}})
+    config = yaml.safe_load((folder / "experiment.yaml").read_text())
+    config["data"]["init_args"]["batch_size"] = 16
+    config["checkpoint"]["every_n_steps"] = 1000
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_ranks_ask_each_other_every_ten_steps(tmp_path: Path) -> None:
+    long_epoch(tmp_path, "ddp_probe.CountsCollectives")
+    status, output = launch.run(COMMAND, tmp_path)
+    assert status == 0, output
+    counts = json.loads((tmp_path / "run/collectives.json").read_text())
+    assert counts == [int(step % 10 == 0) for step in range(1, 25)]
+
+
+def test_bad_loss_of_one_rank_stops_both(tmp_path: Path) -> None:
+    """When they ask each other, after step 20; the message names the step where it began."""
+    long_epoch(tmp_path, "ddp_probe.RuinsSecondRank")
+    status, output = launch.run(COMMAND, tmp_path)
+    assert status != 0
+    assert "at step 13 (epoch 0): stopped" in output
+    assert "at step 14" not in output
+    assert not (tmp_path / "run/last.ckpt").exists()
+
+
 def test_two_ranks_predict_what_one_predicts(tmp_path: Path) -> None:
     experiment(tmp_path, "resnet", {"max_epochs": 1, "limit_train_batches": 1, "callbacks": None})
     assert launch.run(COMMAND, tmp_path)[0] == 0

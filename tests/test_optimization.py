@@ -47,7 +47,7 @@ class Linear(nn.Module):
 def test_mean_is_over_images() -> None:
     metric = MeanOverImages()
     for mean, num_images in [(1.0, 128), (3.0, 1)]:
-        metric.update(torch.tensor(mean), num_images)
+        metric.update(torch.tensor(mean * num_images), num_images)
     assert metric.compute() == pytest.approx(131 / 129)
     metric.update(torch.tensor(math.nan), 1)
     assert metric.compute().isnan()

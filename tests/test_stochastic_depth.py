@@ -23,11 +23,11 @@ class Stub(LitStochasticDepth):
     @property
     def trainer(self) -> SimpleNamespace:
         return SimpleNamespace(
-            world_size=self.world_size, accumulate_grad_batches=1, log_every_n_steps=1000
+            world_size=self.world_size,
+            accumulate_grad_batches=1,
+            log_every_n_steps=1000,
+            callback_metrics={},
         )
-
-    def log(self, *args: object, **kwargs: object) -> None:
-        pass
 
 
 def module(depth: int = 20, **options: object) -> Stub:
