@@ -222,7 +222,6 @@ def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[T
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(then(leaf), leaf, gradient)
-        gradient = aten.threshold_backward.default(gradient, y, 0)
     else:
         geometry = then.stride, then.padding, then.dilation, False, (0, 0), then.groups
         wanted = [True, then.weight.requires_grad, False]
@@ -230,7 +229,7 @@ def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[T
             gradient, as_type(y, weight.dtype), weight, None, *geometry, wanted
         )
         gradient = as_type(gradient, y.dtype)
-        aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient)
+    gradient = relu_backward(gradient, y)
     gradient, of_scale, of_bias = aten._batch_norm_impl_index_backward.default(
         kept.kind,
         x,
@@ -246,6 +245,13 @@ def backward_unit(unit: Unit, x: Tensor, kept: Kept, gradient: Tensor) -> list[T
         reserve,
     )
     return [gradient, *of_weight, of_bias, of_scale]
+
+
+def relu_backward(gradient: Tensor, y: Tensor) -> Tensor:
+    """Returns the gradient of what y is the ReLU of, in the memory of y if the layout stays."""
+    if gradient.stride() != y.stride():
+        return aten.threshold_backward.default(gradient, y, 0)
+    return aten.threshold_backward.grad_input(gradient, y, 0, grad_input=y)
 
 
 def normalise_again(x: Tensor, kept: Kept, eps: float) -> tuple[Tensor, Tensor]:
