@@ -21,7 +21,10 @@ from networks import (
     DenseNet,
     MSDNet,
     ResNet,
+    ResNetWithExits,
+    SlimmableCifarResNet,
     SlimmableMobileNetV2,
+    SlimmableNetwork,
     count_macs,
     recalibrate,
 )
@@ -55,7 +58,11 @@ FAMILIES = {
     ),
     "DenseNet-121": Family(partial(DenseNet, 121), 64, 224, 1000),
 }
-SMALL = {"ResNet-8": Family(partial(CifarResNet, 8), 8, 32, is_captured=True)}
+SMALL = {
+    "ResNet-8": Family(partial(CifarResNet, 8), 8, 32, is_captured=True),
+    "ResNet-8 with exits": Family(lambda: ResNetWithExits(CifarResNet(8), [0, 1]), 8, 32),
+    "US-ResNet-8": Family(partial(SlimmableCifarResNet, 8, width_mult_range=(0.25, 1.0)), 8, 32),
+}
 
 
 class deterministic:
@@ -138,7 +145,7 @@ def inferences(
 ) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
     """Yields ways to classify: recorded in both precisions, and the eager loop."""
     network = copy.deepcopy(base)
-    if isinstance(network, SlimmableMobileNetV2):
+    if isinstance(network, SlimmableNetwork):
         recalibrate(network, [images[:8]], [network])
     network.eval()
 
