@@ -95,6 +95,23 @@ def find_thresholds(
     return thresholds
 
 
+def force_exits(
+    network: MultiExitNetwork, batches: Sequence[Tensor], shares: Sequence[float]
+) -> tuple[list[float], Tensor]:
+    """Returns such thresholds, and the exits that images take with them.
+
+    Raises:
+        RuntimeError: those are not the shares.
+    """
+    thresholds = find_thresholds(network, batches, shares)
+    taken = torch.cat([early_exit(network, batch, thresholds).exit_index for batch in batches])
+    counts = torch.bincount(taken, minlength=network.num_exits).tolist()
+    wanted = [share * len(taken) for share in shares]
+    if any(abs(got - want) > 1 for got, want in zip(counts[:-1], wanted, strict=False)):
+        raise RuntimeError(f"{counts} images of {len(taken)} took the exits, not {wanted}")
+    return thresholds, taken
+
+
 def fit_statistics(network: MultiExitNetwork, images: Tensor) -> None:
     """Gives BN the statistics of these images: with others all entropies of ResNet-110 are 0."""
     for layer in network.modules():
@@ -134,12 +151,8 @@ def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace)
     fit_statistics(network, images[:256])
     last = network.num_exits - 1
 
-    thresholds = find_thresholds(network, batches, case.shares)
-    taken = torch.cat([early_exit(network, batch, thresholds).exit_index for batch in batches])
+    thresholds, taken = force_exits(network, batches, case.shares)
     counts = torch.bincount(taken, minlength=network.num_exits).tolist()
-    wanted = [share * num_images for share in case.shares]
-    if any(abs(got - want) > 1 for got, want in zip(counts[:-1], wanted, strict=False)):
-        raise RuntimeError(f"{counts} images of {num_images} took the exits, not {wanted}")
 
     def in_turn(run: Callable[[Tensor], object]) -> Callable[[int], object]:
         return lambda _: [run(batch) for batch in batches]
@@ -162,10 +175,8 @@ def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace)
         return torch.tensor(per_exit)[taken.cpu()].double().mean().item()
 
     leaving_times = [seconds[k] for k in range(last + 1)]
-    by_macs, by_times = (
-        costs.trunk / mean(costs.leaving),
-        seconds["without exits"] / mean(leaving_times),
-    )
+    by_macs = costs.trunk / mean(costs.leaving)
+    by_times = seconds["without exits"] / mean(leaving_times)
     shares = " / ".join(f"{count / num_images:.1%}" for count in counts)
     measured = seconds["without exits"] / seconds["early exit"]
     print(

@@ -165,15 +165,19 @@ def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     """Returns the trunk and every point of thresholds, in the columns of `SPEED`."""
     net, costs, criterion = module.net, module.exit_costs, module.exit_criterion
-    capture = module.capture
+    answers = {
+        point: EarlyExit(net, thresholds, criterion, module.capture)
+        for point, thresholds in module.exit_thresholds.items()
+    }
+    for answer in answers.values():
+        answer(images[:1])
     paths = [path_to(net, index) for index in range(net.num_exits)]
-    if capture != "none":
+    if module.capture != "none" and all(answer.is_recorded for answer in answers.values()):
         paths = [CapturedInference(path, images[:1]) for path in paths]
     contenders: dict[str, Callable[[Tensor], object]] = {"trunk": one_by_one(paths[-1])}
-    for point, thresholds in module.exit_thresholds.items():
-        contenders[point] = one_by_one(EarlyExit(net, thresholds, criterion, capture))
-        taken = early_exit(net, images, thresholds, criterion).exit_index
-        contenders[f"{point}, free"] = trunk_only(paths, taken)
+    for point, answer in answers.items():
+        contenders[point] = one_by_one(answer)
+        contenders[f"{point}, free"] = trunk_only(paths, answer(images).exit_index)
     ms = time_points(contenders, [images])
 
     accuracy = module.exit_outputs.correct[:, -1].double().mean().item()

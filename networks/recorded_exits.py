@@ -39,7 +39,7 @@ class EarlyExit:
     value, or needs more memory than there is.
 
     Args:
-        network: in evaluation mode.
+        network: in evaluation mode. Hooks and parameters are looked for in its modules.
         thresholds: one per exit but the last, shallow to deep.
         criterion: see `early_exit`.
         capture: "none" is `early_exit`; "graphs" and "compiled" are the same here.
@@ -62,6 +62,11 @@ class EarlyExit:
         self._states: list[State] = []  # before each stage, and behind the last; of one image
         self._stages: list[Callable[[], tuple[Tensor, Tensor]]] = []
         self._recorded_for: object = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the latest image met recorded stages."""
+        return self._recorded_for is not None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Answers:

@@ -174,13 +174,6 @@ def test_other_weights_are_answered_with(change: str) -> None:
     torch.testing.assert_close(one(images[:1]).logits, expected[:1], rtol=1e-3, atol=1e-3)
 
 
-class Asking(torch.nn.Module):
-    """A stage that waits for a value, which no recording allows."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images * float(images.isfinite().all())
-
-
 def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once() -> None:
     """In a process of its own: torch does not quite recover from a recording that fails."""
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
@@ -190,8 +183,13 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once() -> None:
 
 def run_what_cannot_be_recorded() -> None:
     network, images = small_resnet(), torch.randn(32, 3, 16, 16).cuda()
-    stages = [torch.nn.Sequential(Asking(), network.stages[0]), *network.stages[1:]]
-    staged, limits = Staged(stages, network.exits), [-math.inf, -math.inf]
+
+    def ask(images: Tensor) -> Tensor:
+        """Waits for a value, which no recording allows."""
+        return network.stages[0](images * float(images.isfinite().all()))
+
+    staged = Staged([ask, *network.stages[1:]], network.exits)
+    limits = [-math.inf, -math.inf]
     expected = early_exit(staged, images, limits).logits
     stream, one = ExitStream(staged, limits, "entropy", 8, "graphs"), EarlyExit(staged, limits)
     for logits in (

@@ -454,7 +454,7 @@ def test_speed_is_measured_with_capture_too(trained, tmp_path: Path, monkeypatch
     make_trainer(tmp_path).test(
         module, datamodule=DigitsDataModule(), ckpt_path=folder / "last.ckpt", verbose=False
     )
-    assert len(seen) == 6 * 64 * 4  # rounds, images, points
+    assert len(seen) == (6 * 64 + 2) * 4  # rounds, images, two before, points
     columns = ("point", "branches", "test_acc", "macs")
     for old, new in zip(
         rows(folder / "exit_speed.csv"), rows(tmp_path / "exit_speed.csv"), strict=True
