@@ -1,12 +1,12 @@
-"""Claim: slicing costs next to nothing in training.
+"""Claim: any width costs no more in training than networks of these widths.
 
     python -m benchmarks.sandwich_step
 
 One step of Universally Slimmable MobileNet v2 at the widths 1.0, 0.35, 0.5 and 0.75 (forward,
 inplace distillation, backward of each, one SGD step) over four forward and backward passes of
-torchvision's MobileNet v2 at these widths, in the same memory format: at most 1.03. A second pair
-of rows is in channels_last, in which our modules train. Random images; contenders take turns, the
-table shows medians; a GPU is used if there is one.
+torchvision's MobileNet v2 at these widths, in the same memory format: on a CPU at most 1.00, and
+0.95 in channels_last, in which our modules train; on a GPU at most 1.03. Random images; contenders
+take turns, the table shows medians; a GPU is used if there is one.
 """
 
 import argparse
@@ -21,7 +21,10 @@ from benchmarks.timing import best_device, describe_machine, parse_options
 from networks import SlimmableMobileNetV2, median_seconds
 
 WIDTHS = (1.0, 0.35, 0.5, 0.75)
-CLAIM = 1.03
+CLAIMS = {
+    "cpu": "1.00 contiguous, 0.95 channels_last",
+    "cuda": "1.03",
+}
 
 
 def sandwich(
@@ -87,7 +90,7 @@ def main() -> None:
     for name, value in seconds.items():
         same = seconds[f"torchvision, {name.split(', ')[1]}"]
         print(f"{name:<32}{value:>10.3f}{value / same:>14.3f}{value / base:>14.3f}")
-    print(f"claim: ours at most {CLAIM} of torchvision in the same format")
+    print(f"claim: ours at most {CLAIMS[device.type]} of torchvision in the same format")
 
 
 if __name__ == "__main__":

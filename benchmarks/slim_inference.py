@@ -3,9 +3,9 @@
     python -m benchmarks.slim_inference
 
 Latency of Universally Slimmable MobileNet v2 at several widths over that of torchvision's MobileNet
-v2 built for the width, contiguous as it comes: run in place at most 1.05; extracted at most 1.02;
-extracted, BN folded and channels_last at most 0.60. Random weights and images, evaluation mode;
-contenders take turns, the table shows medians; a GPU is used if there is one.
+v2 built for the width, contiguous as it comes: run in place at most 1.03, on a GPU 1.05; extracted
+at most 1.02; extracted, BN folded and channels_last at most 0.60. Random weights and images,
+evaluation mode; contenders take turns, the table shows medians; a GPU is used if there is one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.timing import best_device, describe_machine, parse_options
 from networks import SlimmableMobileNetV2, extract, median_seconds, recalibrate
 
 WIDTHS = (1.0, 0.75, 0.5, 0.35)
-CLAIMS = {"in place": 1.05, "extracted": 1.02, "folded, channels_last": 0.60}
+CLAIMS = {"in place": 1.03, "extracted": 1.02, "folded, channels_last": 0.60}
 
 
 @torch.no_grad()

@@ -99,6 +99,8 @@ class Residual(nn.Module):
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Puts tensors, not copies of them, into a module that was made without memory."""
+    # Detached, lest a parameter itself becomes one of both networks.
+    state = {name: tensor.detach() for name, tensor in state.items()}
     module.load_state_dict(state, assign=True)
     return module
 

@@ -208,7 +208,7 @@ class SlimmableBatchNorm2d(nn.Module):
             "bias": self.bias[:num_features],
             "running_mean": mean,
             "running_var": variance,
-            "num_batches_tracked": torch.tensor(0),
+            "num_batches_tracked": mean.new_zeros((), dtype=torch.long),
         }
 
     def get_extra_state(self) -> dict[str, Tensor]:
