@@ -73,6 +73,13 @@ def training_step(
         with amp or contextlib.nullcontext():
             value = loss()
         value.backward()
+        # Closed blocks get weight decay and momentum, as in LitStochasticDepth.
+        closed = [each for each in network.parameters() if each.grad is None]
+        zeros = [torch.empty_like(each) for each in closed]
+        if zeros:
+            torch._foreach_zero_(zeros)
+        for parameter, zero in zip(closed, zeros, strict=True):
+            parameter.grad = zero
         optimizer.step()
 
     return step
