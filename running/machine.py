@@ -39,6 +39,8 @@ class Machine:
         data.resident = self.resident_data
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
+        # Deterministic kernels need no memory filled that they are about to write.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         if self.capture != "none" and trainer.strategy.root_device.type != "cuda":
             rank_zero_warn(
                 f"machine.capture is {self.capture}, and there is no GPU to record for: nothing "

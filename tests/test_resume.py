@@ -43,7 +43,7 @@ def rows(path: Path) -> list[dict[str, str]]:
             {
                 key: value
                 for key, value in row.items()
-                if not key.startswith("time/") and key != "ms_per_image"
+                if not key.startswith("time/") and key not in ("ms_per_image", "train/mfu")
             }
             for row in csv.DictReader(file)
         ]
