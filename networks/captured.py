@@ -75,7 +75,9 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         # Other threads (a loader's, a logger's) may use the device meanwhile.
         capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        with no_collection(), capture:
+        # One that fails leaves its own stream behind as the current one.
+        stream = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        with stream, no_collection(), capture:
             result = function()
 
         def replay() -> T:

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from networks.captured import memory_format
 from networks.early_exit import State
+from networks.rows import write_rows
 
 
 class Queue:
@@ -112,23 +113,6 @@ class Queue:
         """Aligns an empty queue with its blocks again, after one that was not full."""
         self.start = 0
         self._last.fill_(-1)
-
-
-def write_rows(target: Tensor, places: Tensor, values: Tensor) -> None:
-    """Writes rows of `values` (N, ...) to N places of `target`; only of a spare row there are more.
-
-    So the order does not matter. Torch, told to be deterministic, does not know that, sorts the
-    places and asks the device for the largest of them, which no recording may.
-    """
-    if not (target.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        target.index_copy_(0, places, values)
-        return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        target.index_copy_(0, places, values)
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 class Reader:

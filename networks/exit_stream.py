@@ -35,8 +35,9 @@ from networks.early_exit import (
     leaves,
     not_finite,
 )
-from networks.exit_queue import Queue, Reader, write_rows
+from networks.exit_queue import Queue, Reader
 from networks.recorded_exits import Addresses, can_be_recorded, try_to_record
+from networks.rows import write_rows
 
 STREAM_BATCH_SIZE = 256
 WINDOW = 64

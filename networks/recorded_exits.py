@@ -153,9 +153,6 @@ def try_to_record(
     with contextlib.ExitStack() as stack:
         if recorder.records:
             stack.enter_context(torch.cuda.device(recorder.device))
-            # A capture that fails leaves its own stream behind as the current one.
-            stream = torch.cuda.current_stream(recorder.device)
-            stack.enter_context(torch.cuda.stream(stream))
         try:
             if warm_up:
                 recorder.warm_up(function)

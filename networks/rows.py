@@ -63,4 +63,21 @@ def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
     """Writes `values` into ``x[rows]`` of x (N, ...); no number is twice in `rows`."""
     if x.is_contiguous(memory_format=torch.channels_last):
         x, values = x.permute(0, 2, 3, 1), values.permute(0, 2, 3, 1)
-    x.index_copy_(0, rows, values)
+    write_rows(x, rows, values)
+
+
+def write_rows(target: Tensor, places: Tensor, values: Tensor) -> None:
+    """Writes rows of `values` (N, ...) to N places of `target`; only of a spare row there are more.
+
+    So the order does not matter. Torch, told to be deterministic, does not know that, sorts the
+    places and asks the device for the largest of them, which no recording may.
+    """
+    if not (target.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        target.index_copy_(0, places, values)
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        target.index_copy_(0, places, values)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
