@@ -201,6 +201,8 @@ def drop_backward(gradient: Tensor, noise: Tensor, rate: float) -> Tensor:
 def as_autocast(weight: Tensor) -> Tensor:
     """Returns the weight as a convolution under the present autocast reads it."""
     device_type = weight.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return weight
     if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
         return weight.to(torch.get_autocast_dtype(device_type))
     return weight

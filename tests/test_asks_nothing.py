@@ -188,16 +188,7 @@ def watch(
     return watched.waits.num_copies / NUM_WATCHED
 
 
-ROWS = pytest.mark.xfail(strict=False, reason="an index travels for every block that is gated")
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(name, marks=ROWS) if name == "stochastic_depth_row" else name
-        for name in methods.METHODS
-    ],
-)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_step(method: str, tmp_path: Path) -> None:
     """With the callbacks, the schedule and the books of a run of the command line."""
     module = methods.build(methods.METHODS[method])

@@ -80,16 +80,7 @@ def train(
     return history.path
 
 
-ROWS = pytest.mark.xfail(strict=False, reason="an index travels for every block that is gated")
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(name, marks=ROWS) if name == "stochastic_depth_row" else name
-        for name in methods.METHODS
-    ],
-)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_step_does_not_wait(method: str, tmp_path: Path) -> None:
     module = methods.build(methods.METHODS[method])
     module.lr_scheduler, module.lr_interval = partial(MultiStepLR, milestones=[4]), "step"
