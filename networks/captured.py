@@ -73,18 +73,35 @@ class Recorder:
         if not self.records:
             return function
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a loader's, a logger's) may use the device meanwhile.
-        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        # Relaxed: libraries may load what they need, other threads may use the device meanwhile.
+        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed")
         # One that fails leaves its own stream behind as the current one.
         stream = torch.cuda.stream(torch.cuda.current_stream(self.device))
-        with stream, no_collection(), capture:
-            result = function()
+        try:
+            with stream, no_collection(), capture:
+                result = function()
+        except BaseException:
+            self.end_capture()
+            raise
 
         def replay() -> T:
             graph.replay()
             return result
 
         return replay
+
+    def end_capture(self) -> None:
+        """Ends what a capture that has failed has begun; torch itself leaves it open.
+
+        The allocator would go on reserving for the pool, and the generator would refuse to draw
+        until another capture ends well.
+        """
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
+                torch.zeros(1, device=self.device)
 
 
 class CapturedInference:

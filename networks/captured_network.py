@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from networks.captured import Capture, Recorder, check_capture
+from networks.captured import Capture, Recorder, autocast_as_now, check_capture
 from networks.captured_parts import Buffer, Chain, Part, Replay, RowPart
 from networks.residual_blocks import Gate
 from networks.resnet import Gates, ResidualNetwork
@@ -154,27 +154,28 @@ class CapturedNetwork:
         """Records the network for batches like this one; where it cannot be, says why."""
         self.chain, self.state = None, self.state_of()
         self.num_recordings += 1
-        begin, name = time.perf_counter(), type(self.network).__name__
-        before = reserved(images.device)
-        try:
-            with unchanged(self.network, images.device):
+        name, before = type(self.network).__name__, reserved(images.device)
+        begin, is_last = time.perf_counter(), False
+        while self.chain is None:
+            try:
                 self.chain = self.make_chain(images, gates)
-        except torch.OutOfMemoryError:
-            needed = reserved(images.device) - before
-            torch.cuda.empty_cache()
-            self.tell(
-                f"{name} runs eagerly: recording it for {len(images)} images needs more than the "
-                f"{needed:.1f} GiB that were free; lower batch_size, or set capture to none"
-            )
-        except RuntimeError as error:
-            line = str(error).strip().partition("\n")[0]
-            self.tell(f"{name} cannot be recorded and runs eagerly: {line}")
-        else:
-            needed = reserved(images.device) - before
-            self.tell(
-                f"{name} is recorded for batches of {len(images)}: "
-                f"{time.perf_counter() - begin:.1f} s, {needed:.1f} GiB"
-            )
+            except torch.OutOfMemoryError:
+                needed = reserved(images.device) - before
+                torch.cuda.empty_cache()
+                return self.tell(
+                    f"{name} runs eagerly: recording it for {len(images)} images needs more than "
+                    f"the {needed:.1f} GiB that were free; lower batch_size, or set capture to none"
+                )
+            except RuntimeError as error:
+                # What a library does on its first use may have ended a capture: once more.
+                if is_last or images.device.type != "cuda":
+                    line = str(error).strip().partition("\n")[0]
+                    return self.tell(f"{name} cannot be recorded and runs eagerly: {line}")
+                is_last = True
+        self.tell(
+            f"{name} is recorded for batches of {len(images)}: "
+            f"{time.perf_counter() - begin:.1f} s, {reserved(images.device) - before:.1f} GiB"
+        )
 
     def make_chain(self, images: Tensor, gates: Tensor | None) -> Chain:
         network, compiles = self.network, self.capture == "compiled"
@@ -182,14 +183,15 @@ class CapturedNetwork:
         source.value.copy_(images)
         # Compiled as a whole, a deep network takes minutes; its blocks are few kinds.
         in_blocks = compiles and isinstance(network, ResidualNetwork) and self.run is network
-        with torch.no_grad():
+        autocast = autocast_as_now(images.device.type)
+        with unchanged(network, images.device), torch.no_grad(), autocast():
             if gates is not None or in_blocks:
                 steps = self.make_steps(source, gates)
             else:
                 outputs, self.structure = pytree.tree_flatten(self.run(images))
                 targets = [Buffer(each) for each in outputs]
                 steps = [(None, Part(self.run, source, targets, list(network.parameters())))]
-        return Chain(source, steps, Recorder(images.device), compiles)
+            return Chain(source, steps, Recorder(images.device), autocast, compiles)
 
     def make_steps(
         self, source: Buffer, gates: Tensor | None

@@ -5,6 +5,7 @@ the first and leaves those of the parameters. What they are for: see `networks.c
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from networks.captured import Recorder, autocast_as_now
+from networks.captured import Recorder
 from networks.rows import put_rows, take_rows
 
 MAX_COMPILED = 64
@@ -131,6 +132,7 @@ class Chain:
         source: what the first part reads.
         steps: for each place the part of a closed and of an open gate; None: nothing is run.
         recorder: records them.
+        autocast: under what forward runs; backward runs under none.
         compiles: whether the parts are compiled first.
     """
 
@@ -139,12 +141,13 @@ class Chain:
         source: Buffer,
         steps: Sequence[tuple[Part | None, Part | None]],
         recorder: Recorder,
+        autocast: Callable[[], AbstractContextManager],
         compiles: bool,
     ):
-        self.source, self.steps = source, steps
+        self.source, self.steps, self.autocast = source, steps, autocast
+        self.device_type = recorder.device.type
         self.targets = steps[-1][True].targets
         self.num_forward = 0
-        self.autocast = autocast_as_now(recorder.device.type)
         parts = [part for step in steps for part in step if part is not None]
         if compiles:
             torch._dynamo.config.recompile_limit = MAX_COMPILED
@@ -153,19 +156,23 @@ class Chain:
 
         def run_all() -> None:
             for part in parts:
-                self.run(part.forward)
+                self.run_forward(part)
             for part in reversed(parts):
-                part.backward()
+                self.run_backward(part)
 
         recorder.warm_up(run_all)
         for part in parts:
-            part.replay_forward = recorder.record(partial(self.run, part.forward))
+            part.replay_forward = recorder.record(partial(self.run_forward, part))
         for part in reversed(parts):
-            part.replay_backward = recorder.record(part.backward)
+            part.replay_backward = recorder.record(partial(self.run_backward, part))
 
-    def run(self, forward: Callable[[], None]) -> None:
+    def run_forward(self, part: Part) -> None:
         with torch.enable_grad(), self.autocast():
-            forward()
+            part.forward()
+
+    def run_backward(self, part: Part) -> Sequence[Tensor | None]:
+        with torch.autocast(self.device_type, enabled=False):
+            return part.backward()
 
     def chosen(self, is_open: Sequence[bool]) -> list[Part]:
         parts = (step[choice] for step, choice in zip(self.steps, is_open, strict=True))
