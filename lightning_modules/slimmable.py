@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from chance import generator
@@ -32,6 +33,7 @@ from lightning_modules.base import (
 from lightning_modules.metrics import FULL
 from lightning_modules.schedules import Interval
 from networks import (
+    CapturedNetwork,
     SlimmableNetwork,
     SwitchableBatchNorm2d,
     WidthMult,
@@ -70,6 +72,24 @@ class SlimmableClassifier(ImageClassifier):
         widest = max(net.width_mults or net.width_mult_range)
         # Made of the names, so that widths of one name are one point.
         self.eval_widths = sorted({float(net.width(w).name) for w in [*eval_widths, widest]})
+        self._recorded: dict[float, CapturedNetwork] = {}
+
+    @property
+    def steady_widths(self) -> Sequence[float]:
+        """The widths that every step runs: they can be recorded."""
+        raise NotImplementedError("each method chooses its widths")
+
+    def run_width(self, images: Tensor, width: WidthMult) -> Tensor:
+        """Returns the logits (N, num_classes) of a width in a training step."""
+        if self.capture == "none" or width not in self.steady_widths:
+            return self.net(images, width_mult=width)
+        if width not in self._recorded:
+            run = partial(self.net, width_mult=width)
+            self._recorded[width] = CapturedNetwork(
+                self.net, self.capture, run=run, say=rank_zero_info
+            )
+        self.net.forget_statistics()  # replayed layers do not
+        return self._recorded[width](images)
 
     # --- optimization -----------------------------------------------------------------------------
 
@@ -160,11 +180,15 @@ class LitSlimmable(SlimmableClassifier):
         super().__init__(net, widths, optimizer, lr_scheduler, lr_interval, seed)
         self.widths = sorted(net.width_mults, reverse=True)
 
+    @property
+    def steady_widths(self) -> Sequence[float]:
+        return self.widths
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         total = torch.zeros((), device=self.device)
         for width in self.widths:
-            logits = self.net(images, width_mult=width)
+            logits = self.run_width(images, width)
             loss = F.cross_entropy(logits, labels)
             total += loss.detach()
             if width == self.widths[0]:
@@ -250,6 +274,10 @@ class LitUniversallySlimmable(SlimmableClassifier):
                 "callbacks.BNRecalibration to trainer.callbacks"
             )
 
+    @property
+    def steady_widths(self) -> Sequence[float]:
+        return self.net.width_mult_range if self.width_rule == "sandwich" else ()
+
     def draw_widths(self) -> list[WidthMult]:
         """Draws the widths of a step: the same on all ranks, and for all batches of the step."""
         low, high = self.net.width_mult_range
@@ -271,7 +299,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
         total = torch.zeros((), device=self.device)
         targets = labels
         for number, width in enumerate(self.widths, start=1):
-            logits = self.net(images, width_mult=width)
+            logits = self.run_width(images, width)
             loss = F.cross_entropy(logits, targets)
             total += loss.detach()
             if number == 1:

@@ -215,6 +215,12 @@ class SlimmableNetwork(nn.Module):
         self._kept.clear()
         return super().train(mode)
 
+    def forget_statistics(self) -> None:
+        """Drops the BN statistics of all widths, which a training step outdates."""
+        for norm in self.modules():
+            if isinstance(norm, SlimmableBatchNorm2d) and norm.statistics:
+                norm.statistics = {}
+
     def forward(self, images: Tensor, width_mult: WidthMult = 1.0) -> Tensor:
         """Classifies images.
 

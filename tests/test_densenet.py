@@ -56,7 +56,8 @@ def make_images(network: nn.Module) -> Tensor:
 
 
 def loss_of(logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
+    labels = torch.arange(len(logits), device=logits.device) % logits.shape[1]
+    return F.cross_entropy(logits, labels)
 
 
 def step(network: nn.Module, images: Tensor, autocast: bool = False) -> dict[str, Tensor | None]:

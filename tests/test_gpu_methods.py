@@ -87,7 +87,6 @@ CASES = [
     *((method, "float32") for method in methods.METHODS),
     *itertools.product(("resnet", "stochastic_depth", "stochastic_depth_row"), list(VARIANTS)[1:]),
 ]
-NOT_RECORDED = {"slimmable", "universally_slimmable"}
 
 
 @pytest.mark.parametrize(("method", "variant"), CASES)
@@ -96,8 +95,11 @@ def test_recorded_steps_are_the_eager_ones(method: str, variant: str, tmp_path: 
     arguments = VARIANTS[variant]
     losses, before, eager, _ = train(method, "none", tmp_path, arguments)
     recorded_losses, _, recorded, module = train(method, "graphs", tmp_path, arguments)
-    if method not in NOT_RECORDED:
-        network = module.trained_net
+    recorded_networks = [module.trained_net]
+    if "slimmable" in method:  # one for each width that all steps run
+        recorded_networks = list(module._recorded.values())
+        assert len(recorded_networks) == 2
+    for network in recorded_networks:
         assert network.chain is not None, network.said
         assert network.num_recordings == 1
     half = "16" in arguments.get("precision", "")

@@ -52,6 +52,11 @@ def by_the_batch(plain: nn.Module) -> nn.Module:
     return plain.train()
 
 
+def strides(tensor: torch.Tensor) -> list[int]:
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1]
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_gradients_of_a_sandwich_step_are_those_of_extracted_networks(memory_format) -> None:
     net = network(memory_format)
@@ -68,7 +73,8 @@ def test_gradients_of_a_sandwich_step_are_those_of_extracted_networks(memory_for
             total[tuple(map(slice, part.shape))] += part.grad
     for parameter, total in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, total, rtol=1e-9, atol=1e-11)
-        assert parameter.grad.stride() == parameter.stride()
+        # Of a dimension of size 1 the stride says nothing.
+        assert strides(parameter.grad) == strides(parameter)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
