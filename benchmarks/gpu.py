@@ -10,7 +10,9 @@ are random. The other side is, where it applies: the plain eager loop, `torch.co
 and with mode="reduce-overhead" (of ResNet-20: ResNet-110 compiles for minutes), torchvision's
 networks and its stochastic_depth, timm's DropPath, a CUDA graph of the whole network.
 
-All contenders may use TF32 and let cuDNN choose its kernels; all optimizers are torch's SGD.
+All contenders may use TF32, and cuDNN's kernels are those of its heuristics, as in a training with
+machines/gpu.yaml: trying them out takes half a minute for a network with a gate per sample. All
+optimizers are torch's SGD.
 """
 
 import argparse
@@ -31,13 +33,13 @@ from benchmarks.timing import describe_machine
 ROWS: dict[str, Callable[[Report, Setting], None]] = {
     "depth": gpu_training.depth,
     "exits": gpu_inference.exits,
-    "latency": gpu_inference.latency,
     "sandwich": gpu_training.widths,
     "width": gpu_inference.widths,
     "recalibration": gpu_inference.recalibration,
     "dense": gpu_training.dense,
     "trainer": gpu_trainer.trainer,
     "data": gpu_trainer.data,
+    "latency": gpu_inference.latency,
     "compile": gpu_training.compiled,
     "families": gpu_families.families,
 }
@@ -76,7 +78,6 @@ def main(args: Sequence[str] | None = None) -> int:
     # Deterministic products of matrices need it before the first of them.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     # Ours stay: a network that could not be recorded says so, and its time is that of eager code.
     warnings.filterwarnings("ignore", module="torch|pytorch_lightning|timm")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
