@@ -87,34 +87,34 @@ class RowPart(Part):
         target: Buffer,
         parameters: Sequence[Tensor],
     ):
-        rows = Buffer(take_rows(source.value, index)), Buffer(take_rows(target.value, index))
-        super().__init__(block, rows[0], [rows[1]], parameters)
-        self.index, self.stream, self.target = index, source, target
+        super().__init__(block, source, [target], parameters)
+        self.index = index
         self.others = None if closed is None else Part(closed, source, [target], [])
 
     def forward(self) -> None:
         if self.others is not None:
             self.others.forward()
-        self.source.value.copy_(take_rows(self.stream.value, self.index))
-        super().forward()
-        put_rows(self.target.value, self.index, self.targets[0].value)
+        x = take_rows(self.source.value, self.index).requires_grad_()
+        self.tape = x, self.compute(self.function, x, ())
+        put_rows(self.targets[0].value, self.index, self.tape[1][0].detach())
 
     def backward(self) -> Sequence[Tensor | None]:
-        self.targets[0].gradient.copy_(take_rows(self.target.gradient, self.index))
-        gradients = super().backward()
+        (x, rows), self.tape = self.tape, None
+        of_rows = take_rows(self.targets[0].gradient, self.index)
+        of_x, *rest = differentiate(rows, [x, *self.parameters], [of_rows])
         if self.others is not None:
             self.others.backward()
-        put_rows(self.stream.gradient, self.index, self.source.gradient)
-        return gradients
+        put_rows(self.source.gradient, self.index, of_x)
+        return rest
 
 
 def write_outputs(
     function: Callable[[Tensor], object], x: Tensor, values: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Calls a function, writes its tensors down, and returns them with their history."""
+    """Calls a function, writes its tensors to `values`, if any, and returns them with history."""
     outputs = pytree.tree_leaves(function(x))
     with torch.no_grad():
-        for value, output in zip(values, outputs, strict=True):
+        for value, output in zip(values, outputs, strict=bool(values)):
             value.copy_(output)
     return outputs
 
