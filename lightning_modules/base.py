@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from chance import key_to_seed
+from lightning_modules.fitting import check_data, check_same_network
 from lightning_modules.losses import LossWatch, stopped
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
 from lightning_modules.schedules import Interval, check_schedule
@@ -71,7 +72,7 @@ class ImageClassifier(pl.LightningModule):
         self.lr_interval = lr_interval
         self.seed = seed
         self.capture: Capture = "none"
-        self._trained_net: CapturedNetwork | None = None
+        self._recorded: dict[str, CapturedNetwork] = {}
         self.losses = LossWatch()
 
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
@@ -120,11 +121,27 @@ class ImageClassifier(pl.LightningModule):
     @property
     def trained_net(self) -> CapturedNetwork:
         """The network as a `training_step` calls it: recorded, if the machine says so."""
-        if self._trained_net is None:
-            self._trained_net = CapturedNetwork(
-                self.net, self.capture, self.open_gates, say=rank_zero_info
+        return self.recorded("", None)
+
+    def recorded(self, name: str, run: Callable[[Tensor], Any] | None) -> CapturedNetwork:
+        """Returns the network, or a way to run it, for batches of the size that training has.
+
+        Args:
+            name: of the way.
+            run: see `CapturedNetwork`.
+        """
+        known = self._recorded.get(name)
+        if known is None or known.network is not self.net or known.capture != self.capture:
+            data = self.trainer.datamodule if self._trainer is not None else None
+            self._recorded[name] = CapturedNetwork(
+                self.net,
+                self.capture,
+                self.open_gates,
+                getattr(data, "batch_size", None),
+                run,
+                rank_zero_info,
             )
-        return self._trained_net
+        return self._recorded[name]
 
     # --- optimization -----------------------------------------------------------------------------
 
@@ -340,7 +357,7 @@ class ImageClassifier(pl.LightningModule):
         checkpoint["train_metrics"] = ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_same_network(checkpoint["state_dict"])
+        check_same_network(self.state_dict(), checkpoint["state_dict"])
         if not self.is_fitting:
             return
         ranks = checkpoint.get("train_metrics", [{}])
@@ -356,58 +373,7 @@ class ImageClassifier(pl.LightningModule):
             setattr(metric, key, value.to(metric.device))
             metric._update_count = 1  # Otherwise the metric warns that it was never updated.
 
-    def check_same_network(self, state_dict: Mapping[str, Tensor]) -> None:
-        own = self.state_dict()
-        unlike = [
-            f"{key} is {_shape(state_dict.get(key))} there and {_shape(own.get(key))} here"
-            for key in [*own, *(key for key in state_dict if key not in own)]
-            if _shape(state_dict.get(key)) != _shape(own.get(key))
-        ]
-        if unlike:
-            raise ValueError(
-                f"the checkpoint is of another network: {len(unlike)} tensors differ "
-                f"({unlike[0]}): use the YAML it was trained with, or another run folder"
-            )
-
-
-def check_data(
-    net: nn.Module, num_classes: int | None, image_shape: tuple[int, int, int] | None
-) -> None:
-    """Raises ValueError if the data, as far as it is known, is none for this network.
-
-    Args:
-        net: the network.
-        num_classes: of the data.
-        image_shape: (C, H, W) of the data.
-    """
-    if num_classes is not None and num_classes != net.num_classes:
-        raise ValueError(
-            f"the network has {net.num_classes} classes and the data {num_classes}: "
-            f"set the network's num_classes to {num_classes}"
-        )
-    if image_shape is None:
-        return
-    channels, height, width = image_shape
-    first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != channels:
-        raise ValueError(
-            f"the network takes {first.in_channels} channels and the images have {channels}: "
-            f"set the network's in_channels to {channels}"
-        )
-    size = getattr(net, "image_size", None)
-    if size and (height, width) != (size, size):
-        raise ValueError(
-            f"the network takes images of {size} x {size} pixels and the data has {height} x "
-            f"{width}: set the network's image_size"
-        )
-
 
 def _key(name: str) -> str:
     """Returns the name of an operating point as the name of a submodule, which holds no dot."""
     return name.replace(".", "_")
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    return "absent" if value is None else "other state"

@@ -12,6 +12,7 @@ import contextlib
 import math
 import pickle
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ class LitBranchyNet(MultiExitClassifier):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         if self.trains_trunk_only:
-            exits = [run_to_exit(self.net, self.net.num_exits - 1, images)]
+            trunk = partial(run_to_exit, self.net, self.net.num_exits - 1)
+            exits = [self.recorded("trunk", trunk)(images)]
         else:
             exits = self.trained_net(images)
         weights = self.exit_loss_weights[-len(exits) :]

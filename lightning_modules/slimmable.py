@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from chance import generator
@@ -33,7 +32,6 @@ from lightning_modules.base import (
 from lightning_modules.metrics import FULL
 from lightning_modules.schedules import Interval
 from networks import (
-    CapturedNetwork,
     SlimmableNetwork,
     SwitchableBatchNorm2d,
     WidthMult,
@@ -72,7 +70,6 @@ class SlimmableClassifier(ImageClassifier):
         widest = max(net.width_mults or net.width_mult_range)
         # Made of the names, so that widths of one name are one point.
         self.eval_widths = sorted({float(net.width(w).name) for w in [*eval_widths, widest]})
-        self._recorded: dict[float, CapturedNetwork] = {}
 
     @property
     def steady_widths(self) -> Sequence[float]:
@@ -83,13 +80,8 @@ class SlimmableClassifier(ImageClassifier):
         """Returns the logits (N, num_classes) of a width in a training step."""
         if self.capture == "none" or width not in self.steady_widths:
             return self.net(images, width_mult=width)
-        if width not in self._recorded:
-            run = partial(self.net, width_mult=width)
-            self._recorded[width] = CapturedNetwork(
-                self.net, self.capture, run=run, say=rank_zero_info
-            )
         self.net.forget_statistics()  # replayed layers do not
-        return self._recorded[width](images)
+        return self.recorded(f"{width:g}", partial(self.net, width_mult=width))(images)
 
     # --- optimization -----------------------------------------------------------------------------
 

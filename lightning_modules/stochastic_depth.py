@@ -9,8 +9,8 @@ Differences from the released code:
     * `mode="row"` draws one gate per sample, and `rescale=True` divides by p_l in training instead
       of multiplying by p_l at test: together they are the DropPath of later libraries. Here, too, a
       branch is computed only for the samples that keep it. By default their number is fixed, as in
-      DINOv2 (Oquab et al., arXiv 2304.07193): round(p_l N) of N samples, so that every step has the
-      same shapes; each sample survives as often as before.
+      DINOv2 (Oquab et al., arXiv 2304.07193): round(p_l N) of N samples, one at least, so that
+      every step has the same shapes. `rescale` then divides by the share that survives.
 """
 
 from collections.abc import Callable, Mapping
@@ -114,7 +114,7 @@ class LitStochasticDepth(ImageClassifier):
 
     @property
     def open_gates(self) -> list[float]:
-        """The gate of each block where it is open."""
+        """The gate of each block where it is open, or of a sample where each is drawn by itself."""
         probs = torch.tensor(self.survival_probs, dtype=torch.float64)
         return (1 / probs if self.rescale else torch.ones_like(probs)).float().tolist()
 
@@ -141,8 +141,10 @@ class LitStochasticDepth(ImageClassifier):
         probs, opened = probs.unsqueeze(1), opened.unsqueeze(1)
         if self.row_counts == "random":
             return opened * (draws < probs)
-        places = draws.argsort(1).argsort(1)
-        return opened * (places < (probs * num_images).round().clamp(min=1))
+        counts = (probs * num_images).round().clamp(min=1)
+        if self.rescale:
+            opened = (num_images / counts).float()
+        return opened * (draws.argsort(1).argsort(1) < counts)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch

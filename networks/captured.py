@@ -49,6 +49,8 @@ class Recorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.records = device.type == "cuda"
+        # Its own: torch's default one belongs to the device that was the first to capture.
+        self.stream = torch.cuda.Stream(device) if self.records else None
         self.pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def warm_up(self, function: Callable[[], object]) -> None:
@@ -60,12 +62,11 @@ class Recorder:
         if not self.records:
             return
         gc.collect()  # see `no_collection`
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             for _ in range(NUM_WARMUPS):
                 function()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         torch.cuda.synchronize(self.device)
 
     def record(self, function: Callable[[], T]) -> Callable[[], T]:
@@ -74,11 +75,11 @@ class Recorder:
             return function
         graph = torch.cuda.CUDAGraph()
         # Relaxed: libraries may load what they need, other threads may use the device meanwhile.
-        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed")
+        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed")
         # One that fails leaves its own stream behind as the current one.
-        stream = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        here = torch.cuda.stream(torch.cuda.current_stream(self.device))
         try:
-            with stream, no_collection(), capture:
+            with here, no_collection(), capture:
                 result = function()
         except BaseException:
             self.end_capture()
@@ -97,10 +98,12 @@ class Recorder:
         until another capture ends well.
         """
         with contextlib.suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize(self.device)
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
+            stream = torch.cuda.Stream(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
                 torch.zeros(1, device=self.device)
 
 
@@ -108,7 +111,8 @@ class CapturedInference:
     """A function without gradients, recorded for inputs of one shape.
 
     Calling it copies the inputs to where the recording reads them, and returns what it writes: that
-    stays valid until the next call.
+    stays valid until the next call. It reads the parameters where they were: after they have moved
+    (`.to`, loading with assign) make another one.
 
     Args:
         function: from a tree of tensors to a tree of tensors; the same kernels whatever the values.

@@ -13,6 +13,7 @@ called again on the same buffers, with the result of eager code bit for bit.
 """
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from networks.captured_parts import Buffer, Chain, Part, Replay, RowPart
 from networks.residual_blocks import Gate
 from networks.resnet import Gates, ResidualNetwork
 from networks.rows import Rows, send
+from networks.watch import Look, Watch
 
 MAX_RECORDINGS = 4
 """Of one network; a batch that would need another one runs eagerly."""
@@ -43,7 +45,8 @@ class CapturedNetwork:
     Args:
         network: in training mode when it is recorded.
         capture: "none": always eager; "graphs"; "compiled": torch compiles the parts first.
-        open_gates: what the gate of each block is where it is open; None: 1.
+        open_gates: what a gate per block is where it is open; None: 1. Gates per sample say it.
+        batch_size: of the batches that are recorded; None: of the largest so far.
         run: what is called with the images instead of the network, of which it runs parts.
         say: is told once what was recorded, or why not.
 
@@ -56,21 +59,21 @@ class CapturedNetwork:
         network: nn.Module,
         capture: Capture = "graphs",
         open_gates: Sequence[float] | None = None,
+        batch_size: int | None = None,
         run: Callable[[Tensor], object] | None = None,
         say: Callable[[str], None] = warnings.warn,
     ):
         check_capture(capture)
         self.network, self.capture, self.say = network, capture, say
         self.run = network if run is None else run
-        self.modules = list(network.modules())
-        self.hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
+        self.watch = Watch([network])
         if open_gates is None and isinstance(network, ResidualNetwork):
             open_gates = [1.0] * network.num_blocks
-        self.open_gates = open_gates
+        self.open_gates, self.batch_size = open_gates, batch_size
         self.chain: Chain | None = None
         self.kind: tuple = ()
         self.size: tuple = ()
-        self.state: list = []
+        self.state: Look | None = None
         self.num_recordings = 0
         self.said: set[str] = set()
 
@@ -90,16 +93,25 @@ class CapturedNetwork:
         outputs = Replay.apply(self.chain, parts, images, *parameters)
         return pytree.tree_unflatten(list(outputs), self.structure)
 
+    def __reduce__(self) -> tuple:
+        """A copy or a pickle holds no recording."""
+        return CapturedNetwork, (
+            *(self.network, self.capture, self.open_gates, self.batch_size),
+            *(None if self.run is self.network else self.run, self.say),
+        )
+
     # --- whether to record ------------------------------------------------------------------------
 
     def records(self, images: Tensor, gates: Tensor | None) -> bool:
         """Tells whether this batch is replayed; records it if it is the first of its kind."""
         if self.capture == "none" or not self.network.training or not torch.is_grad_enabled():
             return False
+        if self.batch_size not in (None, len(images)):
+            return False
         reason = self.why_not(images, gates)
         if reason is None:
             kind, size = self.kind_of(images, gates), size_of(images, gates)
-            if kind == self.kind and self.state_of() == self.state:
+            if kind == self.kind and self.state and self.watch.is_as(self.state):
                 if size == self.size:
                     return self.chain is not None
                 if size[0] < self.size[0]:  # the last batch of an epoch
@@ -115,33 +127,34 @@ class CapturedNetwork:
     def why_not(self, images: Tensor, gates: Tensor | None) -> str | None:
         if images.requires_grad:
             return "the images require gradients"
-        if any(self.hooks):
+        if not self.watch.is_complete():
+            self.watch, self.state = Watch([self.network]), None
+        if self.watch.has_hooks():
             return "a module has a hook"
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.watch.modules):
+            return "a SyncBatchNorm talks to other processes"
         if gates is None:
             return None
         if not isinstance(self.network, ResidualNetwork) or self.network.plain:
             return "it has no blocks that can be closed"
-        opened = torch.tensor(self.open_gates, dtype=torch.float64)
+        opened = self.opened(gates)
+        if len(gates) != len(opened):
+            return None  # which the network refuses
         opened = opened.view(-1, *[1] * (gates.dim() - 1))
-        if len(gates) != len(opened) or not ((gates == 0) | (gates == opened)).all():
+        if not ((gates == 0) | (gates == opened)).all():
             return "a gate is neither 0 nor what was announced for an open one"
         return None
+
+    def opened(self, gates: Tensor) -> Tensor:
+        """Returns what the gate of each block is where it is open, (num_blocks,)."""
+        if gates.dim() == 2:
+            return gates.amax(1)
+        return torch.tensor(self.open_gates, dtype=torch.float64)
 
     def kind_of(self, images: Tensor, gates: Tensor | None) -> tuple:
         device = images.device
         precision = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         return images.shape[1:], images.dtype, device, precision, gates is None or gates.dim()
-
-    def state_of(self) -> list:
-        """Returns where the tensors of the network lie, and what else a recording depends on."""
-        state: list = []
-        for module in self.modules:
-            state.append(module.training)
-            for each in module._parameters.values():
-                state.append(None if each is None else (each.data_ptr(), each.requires_grad))
-            for each in module._buffers.values():
-                state.append(None if each is None else each.data_ptr())
-        return state
 
     def tell(self, message: str) -> None:
         if message not in self.said:
@@ -152,26 +165,28 @@ class CapturedNetwork:
 
     def record(self, images: Tensor, gates: Tensor | None) -> None:
         """Records the network for batches like this one; where it cannot be, says why."""
-        self.chain, self.state = None, self.state_of()
+        self.chain, self.state = None, self.watch.look()
         self.num_recordings += 1
         name, before = type(self.network).__name__, reserved(images.device)
-        begin, is_last = time.perf_counter(), False
-        while self.chain is None:
+        begin, reason = time.perf_counter(), ""
+        # What a library does on its first use may end a capture: once more.
+        for _ in range(2 if images.device.type == "cuda" else 1):
             try:
-                self.chain = self.make_chain(images, gates)
+                self.chain, reason = self.make_chain(images, gates), ""
+                break
             except torch.OutOfMemoryError:
-                needed = reserved(images.device) - before
-                torch.cuda.empty_cache()
-                return self.tell(
-                    f"{name} runs eagerly: recording it for {len(images)} images needs more than "
-                    f"the {needed:.1f} GiB that were free; lower batch_size, or set capture to none"
+                reason = (
+                    f"{reserved(images.device) - before:.1f} GiB more are not enough for "
+                    f"{len(images)} images; lower batch_size, or set capture to none"
                 )
             except RuntimeError as error:
-                # What a library does on its first use may have ended a capture: once more.
-                if is_last or images.device.type != "cuda":
-                    line = str(error).strip().partition("\n")[0]
-                    return self.tell(f"{name} cannot be recorded and runs eagerly: {line}")
-                is_last = True
+                reason = str(error).strip().partition("\n")[0]
+            # Not inside the clause, where the error still holds what was recorded.
+            gc.collect()
+            if images.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if reason:
+            return self.tell(f"{name} cannot be recorded and runs eagerly: {reason}")
         self.tell(
             f"{name} is recorded for batches of {len(images)}: "
             f"{time.perf_counter() - begin:.1f} s, {reserved(images.device) - before:.1f} GiB"
@@ -203,12 +218,13 @@ class CapturedNetwork:
         stream = Buffer(network.stem(source.value))
         steps: list = [(None, Part(network.stem, source, [stream], others))]
         counts = [num_images] * network.num_blocks
+        opened = None if gates is None else self.opened(gates).tolist()
         if gates is not None and gates.dim() == 2:
             counts = (gates != 0).sum(1).tolist()
             self.index = torch.zeros(sum(counts), dtype=torch.int64, device=source.value.device)
             indices = self.index.split(counts)
         for number, block in enumerate(network.blocks):
-            gate: Gate = None if gates is None else self.open_gates[number]
+            gate: Gate = None if opened is None else opened[number]
             if gates is not None and gates.dim() == 2:
                 everyone = counts[number] == num_images
                 gate = Rows(None if everyone else indices[number], gate)
@@ -249,19 +265,10 @@ def make_step(
 
 
 def size_of(images: Tensor, gates: Tensor | None) -> tuple:
-    """Returns the number of images and, of gates per sample, that of the rows of each block."""
+    """Returns the number of images and, of gates per sample, rows and gate of each block."""
     if gates is None or gates.dim() == 1:
         return (len(images),)
-    return len(images), *(gates != 0).sum(1).tolist()
-
-
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    return len(images), *(gates != 0).sum(1).tolist(), *gates.amax(1).tolist()
 
 
 def reserved(device: torch.device) -> float:

@@ -5,7 +5,7 @@ the first and leaves those of the parameters. What they are for: see `networks.c
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -149,8 +149,9 @@ class Chain:
         self.targets = steps[-1][True].targets
         self.num_forward = 0
         parts = [part for step in steps for part in step if part is not None]
+        limit: AbstractContextManager = nullcontext()
         if compiles:
-            torch._dynamo.config.recompile_limit = MAX_COMPILED
+            limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED)
             for part in parts:
                 part.compute = torch.compile(write_outputs, dynamic=False)
 
@@ -160,7 +161,8 @@ class Chain:
             for part in reversed(parts):
                 self.run_backward(part)
 
-        recorder.warm_up(run_all)
+        with limit:
+            recorder.warm_up(run_all)
         for part in parts:
             part.replay_forward = recorder.record(partial(self.run_forward, part))
         for part in reversed(parts):
@@ -194,7 +196,8 @@ class Chain:
         groups = [part.replay_backward() for part in reversed(parts)]
         recorded = [gradient for group in reversed(groups) for gradient in group]
         # A recorded gradient that became .grad would be added to itself by the next batch.
-        own = iter(torch._foreach_mul([each for each in recorded if each is not None], 1.0))
+        present = [each for each in recorded if each is not None]
+        own = iter(torch._foreach_mul(present, 1.0) if present else ())
         return [None if each is None else next(own) for each in recorded]
 
 
@@ -204,6 +207,7 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain: Chain, parts: Sequence[Part], images: Tensor, *parameters: Tensor):
         ctx.chain, ctx.parts = chain, parts
+        ctx.set_materialize_grads(False)
         outputs = tuple(chain.forward(parts, images))
         ctx.number = chain.num_forward
         return outputs
@@ -216,6 +220,11 @@ class Replay(torch.autograd.Function):
                 "a recorded network has run again (or backward has) since the forward whose "
                 "gradients are asked for: call backward once after every forward, or set capture "
                 "to none"
+            )
+        if any(gradient is None for gradient in gradients):
+            raise RuntimeError(
+                "the loss does not use all outputs of a recorded network, whose gradients eager "
+                "code would leave out: use all of them, or set capture to none"
             )
         ctx.chain.num_forward += 1
         return None, None, None, *ctx.chain.backward(ctx.parts, gradients)

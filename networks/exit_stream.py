@@ -36,7 +36,7 @@ from networks.early_exit import (
     not_finite,
 )
 from networks.exit_queue import Queue, Reader
-from networks.recorded_exits import Addresses, can_be_recorded, try_to_record
+from networks.recorded_exits import NetworkWatch, can_be_recorded, kind_of, try_to_record
 from networks.rows import write_rows
 
 STREAM_BATCH_SIZE = 256
@@ -118,15 +118,15 @@ class ExitStream:
         check_evaluation_mode(self.network)
         if not self._queues:
             self._start(images)
-        kind = images.shape[1:], images.dtype, images.device
+        kind = kind_of(images)
         if kind != self._kind:
             raise ValueError(
                 f"images are {describe(*kind)} now and were {describe(*self._kind)}: give all "
                 "batches of a stream alike, or start another one"
             )
-        if self._recorder.records and self._addresses.moved():
+        if self._records and self._watch.has_changed():
             self._steps.clear()
-            self._addresses = Addresses(self.network)
+            self._records, self._watch = can_be_recorded(self.network), NetworkWatch(self.network)
         while len(images):
             part, images = images.tensor_split([self._queues[0].num_missing])
             self._keep_window(len(part))
@@ -147,9 +147,9 @@ class ExitStream:
 
     def _start(self, images: Tensor) -> None:
         device = images.device
-        self._kind = images.shape[1:], images.dtype, device
+        self._kind = kind_of(images)
         self._recorder = Recorder(device)
-        self._addresses = Addresses(self.network if self._records else None)
+        self._watch = NetworkWatch(self.network)
         # A GPU is to be busy while the host looks at what came of the runs before.
         self._max_runs = MAX_RUNS if device.type == "cuda" else 0
         self._reader = Reader(device, self.batch_size, self._max_runs + 1)
@@ -304,8 +304,9 @@ class ExitStream:
         return join_answers(taken) if taken else None
 
 
-def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{tuple(shape)} of {dtype} on {device}"
+def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device, autocast: object) -> str:
+    precision = f", autocast to {autocast}" if autocast else ""
+    return f"{tuple(shape)} of {dtype} on {device}{precision}"
 
 
 def join_answers(parts: Sequence[Answers]) -> Answers:

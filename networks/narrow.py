@@ -8,12 +8,13 @@ Without gradients the copies are kept, as an ordinary network, until the weights
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from networks.watch import Watch, same
 
 Sizes = dict[nn.Parameter, tuple[int, ...]]
 """How much of each parameter a width uses: its first channels, along every dimension."""
@@ -113,41 +114,9 @@ class Kept(NamedTuple):
 
     plain: nn.Module
     name: str
-    tensors: list[Tensor]
+    tensors: list[Tensor | None]
     stamps: list[int]
     statistics: list[Tensor | None]
-
-
-class Census:
-    """The parts of a network, laid out such that a look at all of them takes microseconds.
-
-    The network itself is no part of it, else it would never be freed by counting references.
-    """
-
-    def __init__(self, network: nn.Module):
-        modules = [part for child in network.children() for part in child.modules()]
-        self._modules = modules
-        self._parents = [m._modules for m in (network, *modules) if m._modules]
-        self._members = self._members_now()
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._owners = [part for m in modules for part in (m._parameters, m._buffers) if part]
-        self._norms = [module for module in modules if hasattr(module, "statistics")]
-
-    def _members_now(self) -> list[nn.Module | None]:
-        return [module for parent in self._parents for module in parent.values()]
-
-    def is_complete(self) -> bool:
-        return same(self._members_now(), self._members)
-
-    def is_at_rest(self) -> bool:
-        """Tells whether no part is in training, and none has a hook that would have to run."""
-        return not any(self._hooks) and not any([module.training for module in self._modules])
-
-    def tensors(self) -> list[Tensor]:
-        return [t for owner in self._owners for t in owner.values() if t is not None]
-
-    def statistics(self, name: str) -> list[Tensor | None]:
-        return [norm.statistics.get(name) for norm in self._norms]
 
 
 class KeptWidths:
@@ -162,7 +131,9 @@ class KeptWidths:
     LIMIT = 16  # as many widths as the papers evaluate
 
     def __init__(self) -> None:
-        self._census: Census | None = None
+        # Not of the network itself, which would then never be freed by counting references.
+        self._watch: Watch | None = None
+        self._norms: list[nn.Module] = []
         self._kept: OrderedDict[object, Kept] = OrderedDict()
 
     def get(
@@ -177,34 +148,37 @@ class KeptWidths:
             key: the width.
             make: returns its name, and a plain network whose tensors are slices of the wide one's.
         """
-        if self._census is None or not self._census.is_complete():
+        if self._watch is None or not self._watch.is_complete():
             self.clear()
-            self._census = Census(network)
-        census = self._census
-        tensors = census.tensors()
+            self._watch = Watch(network.children(), parents=[network])
+            self._norms = [each for each in self._watch.modules if hasattr(each, "statistics")]
+        tensors = self._watch.tensors()
         now = stamps(tensors)
-        if now is None or not census.is_at_rest():
+        if now is None or self._watch.has_hooks() or self._watch.is_training():
             return None
         kept = self._kept.get(key)
         if (
             kept is None
             or now != kept.stamps
             or not same(tensors, kept.tensors)
-            or not same(census.statistics(kept.name), kept.statistics)
+            or not same(self._statistics(kept.name), kept.statistics)
         ):
             # Tensors of inference mode would have no version for others to watch.
             with torch.inference_mode(False), torch.no_grad():
                 name, plain = make()
                 make_dense(plain.requires_grad_(False))
-            kept = Kept(plain, name, tensors, now, census.statistics(name))
+            kept = Kept(plain, name, tensors, now, self._statistics(name))
             self._kept[key] = kept
         self._kept.move_to_end(key)
         if len(self._kept) > self.LIMIT:
             self._kept.popitem(last=False)
         return kept.plain
 
+    def _statistics(self, name: str) -> list[Tensor | None]:
+        return [norm.statistics.get(name) for norm in self._norms]
+
     def clear(self) -> None:
-        self._census = None
+        self._watch, self._norms = None, []
         self._kept.clear()
 
     def __len__(self) -> int:
@@ -224,13 +198,10 @@ def make_dense(module: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def same(some: Sequence[object], others: Sequence[object]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
-
-
-def stamps(tensors: Sequence[Tensor]) -> list[int] | None:
+def stamps(tensors: Sequence[Tensor | None]) -> list[int] | None:
     """Returns where tensors lie, and how often they were changed; None: they do not tell."""
     try:
-        return [t.data_ptr() for t in tensors] + [t._version for t in tensors]
+        there = [tensor for tensor in tensors if tensor is not None]
+        return [t.data_ptr() for t in there] + [t._version for t in there]
     except RuntimeError:  # of inference mode, or without memory
         return None

@@ -6,7 +6,7 @@ number: whether the image leaves. For many images see `networks.exit_stream`.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from networks.early_exit import (
     leaves,
     not_finite,
 )
+from networks.watch import Watch
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class EarlyExit:
         """
         if self._records and len(images) == 1:
             check_evaluation_mode(self.network)
-            if self._recorded_for != _kind(images):
+            if self._recorded_for != kind_of(images):
                 self._record(images)
         if not self._records or len(images) != 1:
             return early_exit(self.network, images, self.thresholds, self.criterion)
@@ -85,8 +86,8 @@ class EarlyExit:
         for index, replay in enumerate(self._stages):
             logits, is_done = replay()
             # While the device is busy.
-            if index == 0 and self._addresses.moved():
-                self._recorded_for = None
+            if index == 0 and self._watch.has_changed():
+                self._recorded_for, self._records = None, can_be_recorded(self.network)
                 return self(images)
             if is_done:
                 return Answers(logits.clone(), torch.full((1,), index, device=logits.device))
@@ -95,7 +96,7 @@ class EarlyExit:
     def _record(self, images: Tensor) -> None:
         recorder, as_now = Recorder(images.device), autocast_as_now(images.device.type)
         self._stages, self._recorded_for = [], None
-        self._addresses = Addresses(self.network if recorder.records else None)
+        self._watch = NetworkWatch(self.network)
         with torch.inference_mode(False):  # so that it may be written to in any mode
             self._states = [images.clone()]
         for index in range(len(self.network.exits)):
@@ -106,7 +107,7 @@ class EarlyExit:
                 return
             replay()  # for the warm-up of the next stage to see no rubbish
             self._stages.append(replay)
-        self._recorded_for = _kind(images)
+        self._recorded_for = kind_of(images)
 
     def _run(self, index: int, as_now: Callable) -> tuple[Tensor, Tensor]:
         """Returns the logits of an exit, and whether they are the answer."""
@@ -120,30 +121,46 @@ class EarlyExit:
             return logits, leaves(scores, self.thresholds[index], self.criterion)
 
 
-def _kind(images: Tensor) -> object:
+def kind_of(images: Tensor) -> object:
     """Returns what a recording depends on."""
     kind = images.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return images.shape, images.dtype, images.device, autocast
+    return images.shape[1:], images.dtype, images.device, autocast
 
 
 # --- what can be recorded -------------------------------------------------------------------------
 
 
-def _modules(network: HasExits) -> Iterator[nn.Module]:
-    for part in (network, *network.stages, *network.exits):
-        if isinstance(part, nn.Module):
-            yield from part.modules()
+class NetworkWatch(Watch):
+    """Watches all that a network with exits runs.
+
+    It keeps the memory of its tensors, so that an outdated recording does no harm.
+
+    Args:
+        network: its stages and exits need not be modules.
+    """
+
+    def __init__(self, network: HasExits):
+        parts = (network, *network.stages, *network.exits)
+        super().__init__(part for part in parts if isinstance(part, nn.Module))
+        self._before = self.look()
+        self._held = [tensor.detach() for tensor in self.tensors() if tensor is not None]
+
+    def has_changed(self) -> bool:
+        """Tells whether a recording made when this watch began is out of date."""
+        return self.has_hooks() or not self.is_as(self._before)
 
 
 def can_be_recorded(network: HasExits) -> bool:
-    """Tells whether all that a network does happens on the device; warns if it has hooks."""
-    has_hooks = any(
-        module._forward_hooks or module._forward_pre_hooks for module in _modules(network)
-    )
-    if has_hooks:
-        _warn("it has forward hooks, which a recording would leave out")
-    return not has_hooks
+    """Tells whether all that a network does happens on the device; warns if it does not."""
+    watch = NetworkWatch(network)
+    if watch.has_hooks():
+        _warn("it has hooks, which a recording would leave out")
+    elif watch.is_training():
+        _warn("a part of it is in training mode: call network.eval()")
+    else:
+        return True
+    return False
 
 
 def try_to_record(
@@ -166,27 +183,3 @@ def _warn(reason: str) -> None:
     warnings.warn(
         f"the network with exits is not recorded and runs kernel by kernel: {reason}", stacklevel=3
     )
-
-
-class Addresses:
-    """Where the parameters and buffers of a network lie; a recording reads them there.
-
-    It keeps that memory, so that an outdated recording does no harm.
-
-    Args:
-        network: None has none.
-    """
-
-    def __init__(self, network: HasExits | None):
-        places = {
-            (id(tensors), name): (tensors, name, tensor.data_ptr(), tensor.detach())
-            for module in (_modules(network) if network is not None else ())
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
-        self._places = list(places.values())
-
-    def moved(self) -> bool:
-        """Tells whether any of them is elsewhere now."""
-        return any(tensors[name].data_ptr() != old for tensors, name, old, _ in self._places)

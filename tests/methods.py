@@ -92,7 +92,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
-VARIANTS = ("stochastic_depth_row", "slimmable", "densenet")
+VARIANTS = ("resnet", "stochastic_depth_row", "slimmable", "densenet")
 EXPENSIVE = [
     pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in METHODS
 ]

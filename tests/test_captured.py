@@ -6,6 +6,7 @@ there it is float64, in which rounding cannot hide a mistake.
 
 import contextlib
 import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -460,3 +461,68 @@ def test_compiled_blocks_compute_the_same() -> None:
     assert_recorded(captured)
     for one, other in zip(captured.losses, eager.losses, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+def rewrap(network: nn.Module) -> None:
+    network.fc.weight = nn.Parameter(network.fc.weight.data)
+
+
+def replace_layer(network: nn.Module) -> None:
+    network.fc = nn.Linear(64, 10).to(network.fc.weight)
+
+
+def load_own_tensors(network: nn.Module) -> None:
+    network.load_state_dict(network.state_dict(), assign=True)
+
+
+def schedule_momentum(network: nn.Module) -> None:
+    network.bn1.momentum = 0.5
+
+
+def freeze_statistics(network: nn.Module) -> None:
+    network.layer1.eval()
+
+
+CHANGES = [rewrap, replace_layer, load_own_tensors, schedule_momentum, freeze_statistics]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_change_of_the_network_is_recorded_anew(change: Callable, device: torch.device) -> None:
+    """On a CPU stale recordings call the new code all the same, so their number is held."""
+    _, training = both(NETWORKS["A"], device)
+    training.backward(0)
+    change(training.network)
+    training.network.zero_grad()
+    training.backward(1)
+    assert_recorded(training, num_recordings=2)
+    assert all(each.grad is not None for each in training.network.parameters())
+
+
+def test_only_batches_of_the_announced_size_are_recorded(device: torch.device) -> None:
+    """So a run that goes on with the last, small batch of an epoch is recorded as any other."""
+    network = make(NETWORKS["A"], device)
+    run = CapturedNetwork(network, batch_size=BATCH_SIZE, say=lambda _: None)
+    training = Training(network, run, device)
+    training.step(0, size=BATCH_SIZE - 1)
+    assert training.run.num_recordings == 0
+    training.step(1)
+    assert_recorded(training)
+
+
+def test_loss_of_some_outputs_is_refused(device: torch.device) -> None:
+    """Zeros instead of no gradients would let weight decay move the other exits."""
+    _, training = both(WITHOUT_GATES["exits"], device)
+    images, labels = training.batch(0)
+    loss = F.cross_entropy(training.run(images)[1], labels)
+    with pytest.raises(RuntimeError, match="the loss does not use all outputs"):
+        loss.backward()
+
+
+def test_copies_hold_no_recording(device: torch.device) -> None:
+    _, training = both(NETWORKS["A"], device)
+    training.backward(0)
+    training.run.say = print
+    for copied in (copy.deepcopy(training.run), pickle.loads(pickle.dumps(training.run))):
+        assert copied.chain is None
+        assert copied.network is not training.network
+        assert copied.run is copied.network

@@ -29,7 +29,7 @@ from networks import (
 )
 from networks.captured import Recorder
 from networks.exit_queue import Queue
-from networks.recorded_exits import Addresses
+from networks.recorded_exits import NetworkWatch
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 CRITERIA = ["entropy", "confidence"]
@@ -415,7 +415,7 @@ def test_hooks_are_not_left_out(make) -> None:
     network = ResNetWithExits(CifarResNet(8), [1]).eval()
     seen = []
     network.trunk.conv1.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(UserWarning, match="it has forward hooks, which a recording would leave out"):
+    with pytest.warns(UserWarning, match="it has hooks, which a recording would leave out"):
         answer = make(network, [-math.inf], capture="graphs")
     for image in torch.randn(3, 3, 8, 8).split(1):
         (answer.push if make is ExitStream else answer)(image)
@@ -428,16 +428,19 @@ def test_hooks_are_not_left_out(make) -> None:
 def test_parameters_that_move_are_noticed() -> None:
     network = ResNetWithExits(CifarResNet(8), [1]).eval()
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    addresses = Addresses(network)
+    watch = NetworkWatch(network)
     network.load_state_dict(state)
     network.trunk.conv1.weight.data.mul_(2)
-    assert not addresses.moved()  # new values where the old ones were
+    assert not watch.has_changed()  # new values where the old ones were
     for move in (
         lambda: network.load_state_dict(state, assign=True),
         lambda: network.double(),
         lambda: setattr(network.trunk.bn1, "running_mean", torch.zeros(16)),
+        lambda: setattr(network.trunk, "fc", torch.nn.Linear(64, 10)),
+        lambda: setattr(network.trunk.bn1, "eps", 0.1),
+        lambda: network.trunk.layer2.train(),
+        lambda: network.trunk.layer3.register_forward_hook(lambda *_: None),
     ):
-        addresses = Addresses(network)
+        watch = NetworkWatch(network)
         move()
-        assert addresses.moved()
-    assert not Addresses(None).moved()
+        assert watch.has_changed()

@@ -95,11 +95,9 @@ def test_recorded_steps_are_the_eager_ones(method: str, variant: str, tmp_path: 
     arguments = VARIANTS[variant]
     losses, before, eager, _ = train(method, "none", tmp_path, arguments)
     recorded_losses, _, recorded, module = train(method, "graphs", tmp_path, arguments)
-    recorded_networks = [module.trained_net]
-    if "slimmable" in method:  # one for each width that all steps run
-        recorded_networks = list(module._recorded.values())
-        assert len(recorded_networks) == 2
-    for network in recorded_networks:
+    # Of slimmable networks one for each width that all steps run.
+    assert len(module._recorded) == (2 if "slimmable" in method else 1)
+    for network in module._recorded.values():
         assert network.chain is not None, network.said
         assert network.num_recordings == 1
     half = "16" in arguments.get("precision", "")

@@ -50,6 +50,7 @@ def test_unknown_capture_is_refused(tmp_path: Path) -> None:
     assert "'none', 'graphs', 'compiled'" in output
 
 
+@pytest.mark.slow
 def test_random_rows_are_told_to_be_eager(tmp_path: Path) -> None:
     config = methods.config("stochastic_depth_row")
     config["model"]["init_args"]["row_counts"] = "random"

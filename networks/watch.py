@@ -1,0 +1,91 @@
+"""Whether a network has changed since something was made of it: a recording, or a copy."""
+
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+SCALARS = ("drop_rate", "eps", "momentum", "p", "track_running_stats")
+"""Attributes of modules that decide what is computed, and that schedules are known to change."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+
+
+def same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Tells whether two sequences hold the same objects, not only equal ones."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+class Look(NamedTuple):
+    """What a network was at some moment."""
+
+    tensors: list[Tensor | None]
+    places: list[int]
+    values: list[object]
+
+
+class Watch:
+    """The modules of a network, laid out such that a look at all of them takes microseconds.
+
+    Args:
+        modules: the network, or parts of it; what is inside them counts, too.
+        parents: modules that are no part of it, but whose children are not to change either.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module] = ()):
+        self.modules = list({part: None for module in modules for part in module.modules()})
+        self._parents = [m._modules for m in (*parents, *self.modules) if m._modules]
+        self._members = self._members_now()
+        self._hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
+        self._owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
+        self._scalars = [
+            (vars(module), name)
+            for module in self.modules
+            for name in SCALARS
+            if name in vars(module)
+        ]
+
+    def _members_now(self) -> list[nn.Module | None]:
+        return [module for parent in self._parents for module in parent.values()]
+
+    def is_complete(self) -> bool:
+        """Tells whether no module was replaced, added or taken away."""
+        return same(self._members_now(), self._members)
+
+    def has_hooks(self) -> bool:
+        return any(self._hooks)
+
+    def is_training(self) -> bool:
+        return any([module.training for module in self.modules])
+
+    def tensors(self) -> list[Tensor | None]:
+        """Returns all parameters and buffers, those that are shared more than once."""
+        return [tensor for owner in self._owners for tensor in owner.values()]
+
+    def look(self) -> Look:
+        """Returns what a recording depends on; waits for no device."""
+        tensors = self.tensors()
+        there = [each for each in tensors if each is not None]
+        values: list[object] = [module.training for module in self.modules]
+        values += [each.requires_grad for each in there]
+        values += [attributes[name] for attributes, name in self._scalars]
+        return Look(tensors, [each.data_ptr() for each in there], values)
+
+    def is_as(self, before: Look) -> bool:
+        """Tells whether the network is what it was; the values of its tensors may have changed."""
+        if not self.is_complete():
+            return False
+        now = self.look()
+        return same(now.tensors, before.tensors) and now[1:] == before[1:]
