@@ -110,6 +110,21 @@ def training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callabl
     return step
 
 
+def contenders(base: CifarResNet, probs: Tensor) -> dict[str, nn.Module]:
+    """Returns a copy of a network at constant depth, and for each way to drop blocks."""
+    return {
+        "constant depth": copy.deepcopy(base),
+        "per batch, ours": GatedDepth(copy.deepcopy(base), probs, "batch"),
+        "per batch, torchvision": DroppedBranches(
+            copy.deepcopy(base), probs, partial(stochastic_depth, mode="batch")
+        ),
+        "per row, ours": GatedDepth(copy.deepcopy(base), probs, "row"),
+        "per row, torchvision": DroppedBranches(
+            copy.deepcopy(base), probs, partial(stochastic_depth, mode="row")
+        ),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=110)
@@ -126,17 +141,7 @@ def main() -> None:
     labels = torch.randint(10, (options.batch_size,), device=device)
     probs = torch.tensor(survival_probabilities(base.num_blocks, FINAL_SURVIVAL_PROB, "linear"))
 
-    networks = {
-        "constant depth": copy.deepcopy(base),
-        "per batch, ours": GatedDepth(copy.deepcopy(base), probs, "batch"),
-        "per batch, torchvision": DroppedBranches(
-            copy.deepcopy(base), probs, partial(stochastic_depth, mode="batch")
-        ),
-        "per row, ours": GatedDepth(copy.deepcopy(base), probs, "row"),
-        "per row, torchvision": DroppedBranches(
-            copy.deepcopy(base), probs, partial(stochastic_depth, mode="row")
-        ),
-    }
+    networks = contenders(base, probs)
     steps = {name: training_step(net, images, labels) for name, net in networks.items()}
     # On a CPU, each number of rows that is new to a convolution first costs a compilation.
     seconds = median_seconds(steps, options.rounds, device, num_warmup_rounds=10)

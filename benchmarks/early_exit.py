@@ -138,6 +138,28 @@ def leave_early(
     return lambda _: ([stream.push(batch) for batch in batches], stream.finish())
 
 
+def contenders(
+    network: MultiExitNetwork, thresholds: Sequence[float], batches: Sequence[Tensor]
+) -> dict[str | int, Callable[[int], object]]:
+    """Returns the ways to classify all batches; a number: every exit up to this one."""
+
+    def in_turn(run: Callable[[Tensor], object]) -> Callable[[int], object]:
+        return lambda _: [run(batch) for batch in batches]
+
+    last = network.num_exits - 1
+    parts = [Staged(network.stages[: k + 1], network.exits[: k + 1]) for k in range(last + 1)]
+    return {
+        "without exits": in_turn(recorded(partial(run_to_exit, network, last), batches[0])),
+        "early exit": leave_early(network, thresholds, batches),
+        "shrinking": in_turn(partial(early_exit, network, thresholds=thresholds)),
+        "none leaves": leave_early(network, [-math.inf] * last, batches),
+        **{
+            k: in_turn(recorded(partial(run_all_exits, part), batches[0]))
+            for k, part in enumerate(parts)
+        },
+    }
+
+
 def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace) -> None:
     """Prints the line of a network and a batch size."""
     device = best_device()
@@ -149,32 +171,16 @@ def measure(name: str, case: Case, batch_size: int, options: argparse.Namespace)
     images = torch.randn(num_images, *case.image_shape).to(**place)
     batches = images.split(batch_size)
     fit_statistics(network, images[:256])
-    last = network.num_exits - 1
-
     thresholds, taken = force_exits(network, batches, case.shares)
     counts = torch.bincount(taken, minlength=network.num_exits).tolist()
-
-    def in_turn(run: Callable[[Tensor], object]) -> Callable[[int], object]:
-        return lambda _: [run(batch) for batch in batches]
-
-    parts = [Staged(network.stages[: k + 1], network.exits[: k + 1]) for k in range(last + 1)]
-    rounds = {
-        "without exits": in_turn(recorded(partial(run_to_exit, network, last), batches[0])),
-        "early exit": leave_early(network, thresholds, batches),
-        "shrinking": in_turn(partial(early_exit, network, thresholds=thresholds)),
-        "none leaves": leave_early(network, [-math.inf] * last, batches),
-        **{
-            k: in_turn(recorded(partial(run_all_exits, part), batches[0]))
-            for k, part in enumerate(parts)
-        },
-    }
+    rounds = contenders(network, thresholds, batches)
     seconds = median_seconds(rounds, options.rounds or case.num_rounds, device, num_warmup_rounds=2)
     costs = count_exit_macs(network, batches[0][:1])
 
     def mean(per_exit: list[float]) -> float:
         return torch.tensor(per_exit)[taken.cpu()].double().mean().item()
 
-    leaving_times = [seconds[k] for k in range(last + 1)]
+    leaving_times = [seconds[k] for k in range(network.num_exits)]
     by_macs = costs.trunk / mean(costs.leaving)
     by_times = seconds["without exits"] / mean(leaving_times)
     shares = " / ".join(f"{count / num_images:.1%}" for count in counts)

@@ -39,13 +39,11 @@ class Family(NamedTuple):
     batch_size: int
     side: int
     num_classes: int = 10
-    is_captured: bool = False
-    """Whether we record its training step."""
 
 
 FAMILIES = {
-    "ResNet-110 (CIFAR)": Family(partial(CifarResNet, 110), 128, 32, is_captured=True),
-    "ResNet-50": Family(partial(ResNet, 50), 128, 224, 1000, is_captured=True),
+    "ResNet-110 (CIFAR)": Family(partial(CifarResNet, 110), 128, 32),
+    "ResNet-50": Family(partial(ResNet, 50), 128, 224, 1000),
     "BranchyResNet-110": Family(BranchyResNet, 128, 32),
     "MSDNet, 5 exits": Family(
         partial(MSDNet, num_blocks=5, base=1, step=1, step_mode="lin_grow", lazy=True), 64, 32
@@ -59,24 +57,27 @@ FAMILIES = {
     "DenseNet-121": Family(partial(DenseNet, 121), 64, 224, 1000),
 }
 SMALL = {
-    "ResNet-8": Family(partial(CifarResNet, 8), 8, 32, is_captured=True),
+    "ResNet-8": Family(partial(CifarResNet, 8), 8, 32),
     "ResNet-8 with exits": Family(lambda: ResNetWithExits(CifarResNet(8), [0, 1]), 8, 32),
     "US-ResNet-8": Family(partial(SlimmableCifarResNet, 8, width_mult_range=(0.25, 1.0)), 8, 32),
 }
 
 
 class deterministic:
-    """Asks for kernels that give the same bits every time."""
+    """Asks for kernels that give the same bits every time, as a machine file of a GPU does."""
 
     def __enter__(self) -> None:
         self.before = torch.are_deterministic_algorithms_enabled()
         self.benchmark = torch.backends.cudnn.benchmark
+        self.fills = torch.utils.deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
     def __exit__(self, *_: object) -> None:
         torch.use_deterministic_algorithms(self.before)
         torch.backends.cudnn.benchmark = self.benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = self.fills
 
 
 def loss_of(output: Tensor | list[Tensor], labels: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def families(report: Report, setting: Setting) -> None:
         copied = copy.deepcopy(network).train()
         macs = count_macs(copied, images[:2]) / 2
         for title, builders, passes in (
-            ("training step", dict(trainings(family, network, images, labels, setting)), 3),
+            ("training step", dict(trainings(network, images, labels, setting)), 3),
             ("inference", dict(inferences(network, images, setting)), 1),
         ):
             times = setting.time(builders, num_rounds=5)
@@ -117,13 +118,13 @@ def families(report: Report, setting: Setting) -> None:
 
 
 def trainings(
-    family: Family, base: nn.Module, images: Tensor, labels: Tensor, setting: Setting
+    base: nn.Module, images: Tensor, labels: Tensor, setting: Setting
 ) -> Iterator[tuple[str, Callable[[], Callable[[], None]]]]:
     """Yields the training steps of a family: precisions, and the price of deterministic kernels."""
 
     def build(precision: str, is_deterministic: bool) -> Callable[[], None]:
         network = copy.deepcopy(base).train()
-        run = captured(network) if family.is_captured else network
+        run = captured(network)
         amp = setting.autocast() if precision == "bf16" else None
         step = training_step(network, lambda: loss_of(run(images), labels), amp)
         if not is_deterministic:

@@ -10,7 +10,8 @@ take turns, the table shows medians; a GPU is used if there is one.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from benchmarks.timing import best_device, describe_machine, parse_options
-from networks import SlimmableMobileNetV2, median_seconds
+from networks import CapturedNetwork, SlimmableMobileNetV2, median_seconds
 
 WIDTHS = (1.0, 0.35, 0.5, 0.75)
 CLAIMS = {
@@ -28,18 +29,24 @@ CLAIMS = {
 
 
 def sandwich(
-    images: Tensor, labels: Tensor, memory_format: torch.memory_format
+    images: Tensor,
+    labels: Tensor,
+    memory_format: torch.memory_format,
+    recorded: Sequence[float] = (),
 ) -> Callable[[int], None]:
-    """Returns a training step of ours."""
+    """Returns a training step of ours, in which some widths may be recorded."""
     network = SlimmableMobileNetV2(width_mult_range=(0.35, 1.0))
     network.to(images.device, memory_format=memory_format).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    runs = {width: partial(network, width_mult=width) for width in WIDTHS}
+    for width in recorded:
+        runs[width] = CapturedNetwork(network, run=runs[width])
 
     def step(_: int) -> None:
         optimizer.zero_grad()
         targets = labels
         for width in WIDTHS:
-            logits = network(images, width)
+            logits = runs[width](images)
             F.cross_entropy(logits, targets).backward()
             if width == 1.0:
                 targets = logits.detach().softmax(1)

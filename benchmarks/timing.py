@@ -106,14 +106,13 @@ def time_contenders(
         num_rounds: samples of each contender.
         sample_seconds: about how long a sample lasts; a sample has one step at least.
     """
-    steps: dict[str, Callable[[], object]] = {}
-    counts: dict[str, int] = {}
+    steps: dict[str, tuple[Callable[[], object], int]] = {}
     samples: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
 
-    def attempt(name: str, action: Callable[[], None]) -> None:
+    def attempt(action: Callable[[str], None], name: str) -> None:
         try:
-            action()
+            action(name)
         except Exception as error:  # whatever it is, it is told, and is no reason to lose the rest
             failures[name] = describe_failure(error)
             steps.pop(name, None)
@@ -122,28 +121,30 @@ def time_contenders(
 
     def prepare(name: str) -> None:
         step = builders[name]()
-        # Kernels are chosen and compiled, some on the third call; long steps have enough of two.
-        sample(step, 1, device)
-        for count in (1, 2, 3):
-            seconds = sample(step, count, device)
-            if seconds > LONG_STEP:
-                break
-        counts[name] = max(1, round(sample_seconds / seconds))
-        steps[name] = step
-        samples[name] = []
+        count = max(1, round(sample_seconds / warm_up(step, device)))
+        steps[name], samples[name] = (step, count), []
+
+    def take(name: str) -> None:
+        samples[name].append(sample(*steps[name], device))
 
     for name in builders:
-        attempt(name, lambda name=name: prepare(name))
+        attempt(prepare, name)
     for order in shuffled_rounds(list(steps), num_rounds):
         for name in order:
             if name in steps:
-                attempt(
-                    name,
-                    lambda name=name: samples[name].append(
-                        sample(steps[name], counts[name], device)
-                    ),
-                )
+                attempt(take, name)
     return Times({name: median(samples[name]) for name in steps if samples[name]}, failures)
+
+
+def warm_up(step: Callable[[], object], device: torch.device) -> float:
+    """Runs a step until it is warm, and returns the seconds that one then takes."""
+    # Kernels are chosen and compiled, some on the third call; long steps have enough of two.
+    sample(step, 1, device)
+    for count in (1, 2, 3):
+        seconds = sample(step, count, device)
+        if seconds > LONG_STEP:
+            break
+    return seconds
 
 
 def shuffled_rounds(names: list[str], num_rounds: int) -> Iterator[list[str]]:

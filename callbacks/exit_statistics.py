@@ -172,7 +172,8 @@ def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     for answer in answers.values():
         answer(images[:1])
     paths = [path_to(net, index) for index in range(net.num_exits)]
-    if module.capture != "none" and all(answer.is_recorded for answer in answers.values()):
+    are_recorded = [answer.is_recorded for answer in answers.values()]
+    if module.capture != "none" and are_recorded and all(are_recorded):
         paths = [CapturedInference(path, images[:1]) for path in paths]
     contenders: dict[str, Callable[[Tensor], object]] = {"trunk": one_by_one(paths[-1])}
     for point, answer in answers.items():

@@ -319,15 +319,19 @@ def early_exit(
         FloatingPointError: an image has logits that are not finite at the last exit; at the others
             it is not sure and goes on.
     """
-    stages, exits = network.stages, network.exits
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise ValueError(EXPORT_REMEDY)
-    check_thresholds(thresholds, len(exits), criterion)
+    check_thresholds(thresholds, len(network.exits), criterion)
     check_evaluation_mode(network)
+    return _leave_when_sure(network, images, thresholds, criterion)
 
+
+def _leave_when_sure(
+    network: HasExits, images: Tensor, thresholds: Sequence[float], criterion: Criterion
+) -> Answers:
     state: State = images
     rows: Tensor | None = None  # of the images still inside; None: all
-    for index, (stage, exit_here) in enumerate(zip(stages, exits, strict=True)):
+    for index, (stage, exit_here) in enumerate(zip(network.stages, network.exits, strict=True)):
         state = stage(state)
         logits = exit_here(state)
         if index == len(thresholds):

@@ -13,7 +13,8 @@ Differences from the released code:
     * Batches count by their images, so that a last, smaller one does no harm, nor do several ranks.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -83,18 +84,15 @@ def recalibrate(
         ValueError: no images, or no BN.
     """
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
-    flags = {module: module.training for module in network.modules()}
     zeros, found = Zeros(), []
     endings = [watch(norm, zeros, found) for norm in norms]
-    network.eval()
-    for norm in norms:
-        norm.train()
     num_batches, is_done = 0, False
     try:
-        for images in batches:
-            num_batches += 1
-            for run in [network] if runs is None else runs:
-                run(images)
+        with training_alone(network, norms):
+            for images in batches:
+                num_batches += 1
+                for run in [network] if runs is None else runs:
+                    run(images)
         if num_batches == 0:
             raise ValueError("no training images to recalibrate with: give at least one batch")
         if not found:
@@ -105,6 +103,18 @@ def recalibrate(
     finally:
         for end in endings:
             end(is_done)
+
+
+@contextlib.contextmanager
+def training_alone(network: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Has these parts of a network in training mode, and no others."""
+    flags = {module: module.training for module in network.modules()}
+    network.eval()
+    for part in parts:
+        part.train()
+    try:
+        yield
+    finally:
         for module, flag in flags.items():
             module.training = flag
 

@@ -200,16 +200,17 @@ class SlimmableBatchNorm2d(nn.Module):
         """Returns the sizes of scale and shift for this number of channels."""
         return {self.weight: (num_features,), self.bias: (num_features,)}
 
-    def state_at(self, width: Width, num_features: int) -> dict[str, Tensor]:
-        """Returns the state dict of an ordinary BN of this width; errors as `statistics_of`."""
+    def extract(self, width: Width, num_features: int) -> nn.BatchNorm2d:
+        """Returns an ordinary BN of this width, slices of this; errors as `statistics_of`."""
         mean, variance = self.statistics_of(width.name)
-        return {
+        state = {
             "weight": self.weight[:num_features],
             "bias": self.bias[:num_features],
             "running_mean": mean,
             "running_var": variance,
             "num_batches_tracked": mean.new_zeros((), dtype=torch.long),
         }
+        return plain_norm(num_features, self.eps, state)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         return self.statistics
@@ -247,9 +248,17 @@ class SwitchableBatchNorm2d(nn.Module):
         """Returns nothing: no switch is cut."""
         return {}
 
-    def state_at(self, width: Width, num_features: int) -> dict[str, Tensor]:
-        """Returns the state dict of the BN of the width."""
-        return self.switches[self.names.index(width.name)].state_dict()
+    def extract(self, width: Width, num_features: int) -> nn.BatchNorm2d:
+        """Returns a BN with the tensors of that of the width."""
+        switch = self.switches[self.names.index(width.name)]
+        return plain_norm(num_features, switch.eps, switch.state_dict())
+
+
+def plain_norm(num_features: int, eps: float, state: dict[str, Tensor]) -> nn.BatchNorm2d:
+    """Returns an ordinary BN with these tensors, not copies of them."""
+    with torch.device("meta"):
+        norm = nn.BatchNorm2d(num_features, eps)
+    return fill(norm, state)
 
 
 # --- units of networks ----------------------------------------------------------------------------
@@ -311,10 +320,9 @@ class SlimmableLayer(nn.Module):
             conv = nn.Conv2d(
                 in_channels, out_channels, *geometry, bias is not None, wide.padding_mode
             )
-            norm = nn.BatchNorm2d(out_channels)
         state = {"weight": weight, "bias": bias}
         fill(conv, {name: part for name, part in state.items() if part is not None})
-        layers = [conv, fill(norm, self.norm.state_at(width, out_channels))]
+        layers = [conv, self.norm.extract(width, out_channels)]
         if self.activation is not None:
             layers.append(copy.deepcopy(ACTIVATIONS[self.activation]))
         return layers, out_channels

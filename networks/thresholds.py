@@ -93,16 +93,8 @@ def screen_thresholds(
         ValueError: shapes that do not fit, no images, a candidate outside the range of the
             criterion, or a grid of more than `MAX_GRID` points.
     """
-    num_images, num_exits = correct.shape
-    num_axes = num_exits - 1
-    shapes = [(num_images, num_exits), (num_images, num_axes)]
-    if tuple(scores.shape) not in shapes or len(costs) != num_exits or num_exits < 2:
-        raise ValueError(
-            f"scores {tuple(scores.shape)}, correct {tuple(correct.shape)} and {len(costs)} costs "
-            "do not fit: give (N, K), (N, K) and K, of two exits or more"
-        )
-    if num_images == 0:
-        raise ValueError("no images to find thresholds with: hold out a validation split")
+    _check_screened(scores, correct, costs)
+    num_images, num_axes = len(correct), len(costs) - 1
     candidates = _sort_candidates(candidates, num_axes, criterion)
     size = len(candidates)
     # rank: how many candidates are too strict for the image to leave.
@@ -120,6 +112,18 @@ def screen_thresholds(
         *(values.cpu() for values in (accuracy, cost, counts / num_images, front)),
         knee=int(front[_knee(cost[front], accuracy[front])]),
     )
+
+
+def _check_screened(scores: Tensor, correct: Tensor, costs: Sequence[float]) -> None:
+    num_images, num_exits = correct.shape
+    shapes = [(num_images, num_exits), (num_images, num_exits - 1)]
+    if tuple(scores.shape) not in shapes or len(costs) != num_exits or num_exits < 2:
+        raise ValueError(
+            f"scores {tuple(scores.shape)}, correct {tuple(correct.shape)} and {len(costs)} costs "
+            "do not fit: give (N, K), (N, K) and K, of two exits or more"
+        )
+    if num_images == 0:
+        raise ValueError("no images to find thresholds with: hold out a validation split")
 
 
 def _sort_candidates(

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import gpu
+import networks
+from benchmarks import gpu, gpu_families, sandwich_step
 from benchmarks.gpu_report import Report, Setting
 from benchmarks.timing import Times, shuffled_rounds, time_contenders
+from networks import CapturedNetwork, SlimmableMobileNetV2
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -27,6 +30,72 @@ def test_every_row_runs_on_a_cpu(name: str, capsys: pytest.CaptureFixture) -> No
         assert line.value is not None, line
         assert output.count(f"\n{line.promise}  ") == 2  # at once, and in the table
     assert "failed:" not in output
+
+
+@pytest.mark.parametrize("name", gpu_families.SMALL)
+def test_step_of_every_family_is_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = watch_captures(monkeypatch)
+    setting = Setting(CPU, small=True)
+    network = gpu_families.SMALL[name].build()
+    trainings = dict(
+        gpu_families.trainings(network, setting.images(4, 32), setting.labels(4), setting)
+    )
+    for build in trainings.values():
+        step = build()
+        step()
+        step()
+    assert len(made) == 4
+    assert all(each.chain is not None and each.num_recordings == 1 for each in made)
+
+
+def test_recorded_widths_of_a_sandwich_have_the_bits_of_eager_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, networks_made = watch_captures(monkeypatch), []
+    build = sandwich_step.SlimmableMobileNetV2
+
+    def build_and_keep(**arguments: object) -> SlimmableMobileNetV2:
+        torch.manual_seed(0)
+        networks_made.append(build(**arguments))
+        return networks_made[-1]
+
+    monkeypatch.setattr(sandwich_step, "SlimmableMobileNetV2", build_and_keep)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 5])
+    for recorded in [(), (1.0, 0.35)]:
+        step = sandwich_step.sandwich(images, labels, torch.channels_last, recorded)
+        step(0)
+        step(1)
+    assert [each.num_recordings for each in made] == [1, 1]
+    eager, replayed = (network.state_dict() for network in networks_made)
+    for key, value in eager.items():
+        assert not isinstance(value, Tensor) or torch.equal(value, replayed[key]), key
+
+
+def watch_captures(monkeypatch: pytest.MonkeyPatch) -> list[CapturedNetwork]:
+    """Returns a list that gets what the benchmarks record."""
+    made = []
+
+    class Watched(CapturedNetwork):
+        def __init__(self, *args: object, **arguments: object):
+            super().__init__(*args, **arguments)
+            made.append(self)
+
+    monkeypatch.setattr(networks, "CapturedNetwork", Watched)
+    monkeypatch.setattr(sandwich_step, "CapturedNetwork", Watched)
+    return made
+
+
+def test_deterministic_kernels_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a training: `Machine.apply` asks for none; and all is put back."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with gpu_families.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.backends.cudnn.benchmark
 
 
 def test_without_a_gpu_it_says_so(

@@ -13,7 +13,7 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.distributions import Categorical
 
-from callbacks import ExitStatistics
+from callbacks import ExitStatistics, exit_statistics
 from callbacks.exit_statistics import curve_rows, entropy_rows, panels, path_to, trunk_only
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitResNet
@@ -461,6 +461,23 @@ def test_speed_is_measured_with_capture_too(trained, tmp_path: Path, monkeypatch
     ):
         assert [old[name] for name in columns] == [new[name] for name in columns]
         assert float(new["ms_per_image"]) > 0
+
+
+def test_trunk_is_not_recorded_where_no_point_is(trained, monkeypatch) -> None:
+    _, module = trained
+    made = []
+    recorded = exit_statistics.CapturedInference
+    monkeypatch.setattr(
+        exit_statistics, "CapturedInference", lambda *given: made.append(1) or recorded(*given)
+    )
+    monkeypatch.setattr(module, "capture", "graphs")
+    images = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        assert len(exit_statistics.speed_rows(module, images)) == 1 + 2 * 4
+        assert len(made) == module.net.num_exits
+        monkeypatch.setattr(LitBranchyNet, "exit_thresholds", {})
+        assert len(exit_statistics.speed_rows(module, images)) == 1
+    assert len(made) == module.net.num_exits
 
 
 def test_without_validation_data_the_last_exit_answers(tmp_path: Path) -> None:

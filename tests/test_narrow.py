@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from networks import SlimmableCifarResNet, SlimmableMobileNetV2, extract, recalibrate
 from networks.narrow import InPlaceReLU6, KeptWidths
-from networks.slimmable_layers import SlimmableConv2d
+from networks.slimmable_layers import (
+    SlimmableBatchNorm2d,
+    SlimmableConv2d,
+    SwitchableBatchNorm2d,
+)
 
 WIDTHS = (0.5, [0.5, 0.25, 1.0, 0.75, 0.25, 0.5])
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -263,6 +267,21 @@ def test_switches_are_kept_too() -> None:
     assert_current(net)
     step(net)
     assert_current(net)
+
+
+@pytest.mark.parametrize("widths", [{}, {"width_mults": (0.5, 1.0)}])
+def test_plain_networks_have_the_eps_of_their_width(widths) -> None:
+    net = network(**widths)
+    for module in net.modules():
+        if isinstance(module, SlimmableBatchNorm2d):
+            module.eps = 0.5
+        elif isinstance(module, SwitchableBatchNorm2d):
+            module.switches[module.names.index("0.5")].eps = 0.5
+    plain = extract(net, 0.5)
+    assert {m.eps for m in plain.modules() if isinstance(m, nn.BatchNorm2d)} == {0.5}
+    by_layers = net(images(), 0.5).detach()  # with gradients no plain network stands in
+    torch.testing.assert_close(plain(images()), by_layers)
+    torch.testing.assert_close(logits(net), by_layers)
 
 
 def test_a_width_that_lost_its_statistics_is_refused() -> None:

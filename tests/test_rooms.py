@@ -82,6 +82,40 @@ def test_other_rooms_are_entered_by_their_door(room: str) -> None:
                 assert other == room or other not in ALLOWED or not inner, f"{path}:{node.lineno}"
 
 
+MAX_LINES = 400
+MAX_FUNCTION = 45
+"""Lines from the `def` to the end, the docstring included."""
+WHOLE = {"check_schedule", "fit"}
+"""Lists of steps that are read from top to bottom."""
+
+
+def product() -> list[Path]:
+    return [*ROOT.glob("*.py"), *(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))]
+
+
+def long_functions(text: str) -> set[str]:
+    return {
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION
+    }
+
+
+def test_files_and_functions_are_short() -> None:
+    assert len(product()) > 50
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in product()}
+    assert [name for name, text in texts.items() if len(text.splitlines()) > MAX_LINES] == []
+    long = {name: long_functions(text) - WHOLE for name, text in texts.items()}
+    assert {name: functions for name, functions in long.items() if functions} == {}
+
+
+@pytest.mark.parametrize(("num_lines", "found"), [(45, set()), (46, {"f"})])
+def test_a_long_function_is_seen(num_lines: int, found: set[str]) -> None:
+    body = "    pass\n" * (num_lines - 1)
+    assert long_functions(f"@decorated\ndef f():\n{body}") == found
+
+
 BASES = {
     "networks": (ResidualNetwork, MultiExitNetwork, SlimmableNetwork),
     "datamodules": (ImageDataModule,),
