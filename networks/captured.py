@@ -78,11 +78,18 @@ class Recorder:
         capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="relaxed")
         # One that fails leaves its own stream behind as the current one.
         here = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        failure: Exception | None = None
         try:
             with here, no_collection(), capture:
-                result = function()
+                try:
+                    result = function()
+                except Exception as error:
+                    failure = error
+                    raise
         except BaseException:
             self.end_capture()
+            if failure is not None:  # and not what came of it at the end of the capture
+                raise failure from None
             raise
 
         def replay() -> T:

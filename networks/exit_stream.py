@@ -126,6 +126,7 @@ class ExitStream:
             )
         if self._records and self._watch.has_changed():
             self._steps.clear()
+            self._recorder = Recorder(images.device)  # the memory of the old one goes with it
             self._records, self._watch = can_be_recorded(self.network), NetworkWatch(self.network)
         while len(images):
             part, images = images.tensor_split([self._queues[0].num_missing])

@@ -8,6 +8,7 @@ Without gradients the copies are kept, as an ordinary network, until the weights
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -202,6 +203,6 @@ def stamps(tensors: Sequence[Tensor | None]) -> list[int] | None:
     """Returns where tensors lie, and how often they were changed; None: they do not tell."""
     try:
         there = [tensor for tensor in tensors if tensor is not None]
-        return [t.data_ptr() for t in there] + [t._version for t in there]
+        return [*map(Tensor.data_ptr, there), *map(attrgetter("_version"), there)]
     except RuntimeError:  # of inference mode, or without memory
         return None

@@ -1,7 +1,8 @@
 """Whether a network has changed since something was made of it: a recording, or a copy."""
 
 from collections.abc import Iterable, Sequence
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ class Look(NamedTuple):
 
 
 class Watch:
-    """The modules of a network, laid out such that a look at all of them takes microseconds.
+    """The modules of a network, laid out such that a look at all of them is quick.
+
+    One image through a network in 20 recordings takes a device some 100 microseconds, so no loop
+    here runs in Python where one in C does.
 
     Args:
         modules: the network, or parts of it; what is inside them counts, too.
@@ -50,15 +54,12 @@ class Watch:
         self._members = self._members_now()
         self._hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
         self._owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
-        self._scalars = [
-            (vars(module), name)
-            for module in self.modules
-            for name in SCALARS
-            if name in vars(module)
-        ]
+        self._attributes = list(map(vars, self.modules))
+        scalars = [(there, name) for there in self._attributes for name in SCALARS if name in there]
+        self._scalars = [there for there, _ in scalars], [name for _, name in scalars]
 
     def _members_now(self) -> list[nn.Module | None]:
-        return [module for parent in self._parents for module in parent.values()]
+        return list(chain.from_iterable(map(dict.values, self._parents)))
 
     def is_complete(self) -> bool:
         """Tells whether no module was replaced, added or taken away."""
@@ -68,20 +69,20 @@ class Watch:
         return any(self._hooks)
 
     def is_training(self) -> bool:
-        return any([module.training for module in self.modules])
+        return any(map(itemgetter("training"), self._attributes))
 
     def tensors(self) -> list[Tensor | None]:
         """Returns all parameters and buffers, those that are shared more than once."""
-        return [tensor for owner in self._owners for tensor in owner.values()]
+        return list(chain.from_iterable(map(dict.values, self._owners)))
 
     def look(self) -> Look:
         """Returns what a recording depends on; waits for no device."""
         tensors = self.tensors()
         there = [each for each in tensors if each is not None]
-        values: list[object] = [module.training for module in self.modules]
-        values += [each.requires_grad for each in there]
-        values += [attributes[name] for attributes, name in self._scalars]
-        return Look(tensors, [each.data_ptr() for each in there], values)
+        values: list[object] = list(map(itemgetter("training"), self._attributes))
+        values += map(attrgetter("requires_grad"), there)
+        values += map(dict.__getitem__, *self._scalars)
+        return Look(tensors, list(map(Tensor.data_ptr, there)), values)
 
     def is_as(self, before: Look) -> bool:
         """Tells whether the network is what it was; the values of its tensors may have changed."""
