@@ -94,6 +94,32 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
             has no length and the training none either.
     """
     name = type(scheduler).__name__
+    _check_arguments(scheduler, name)
+    if isinstance(scheduler, LinearDecayLR) and scheduler.length is None:
+        if training_length is None or math.isinf(training_length):
+            raise ValueError(
+                "LinearDecayLR is as long as the training, whose length is not known: set its "
+                "length, or trainer.max_epochs"
+            )
+        scheduler.length = int(training_length)
+    if isinstance(scheduler, OneCycleLR) and (training_length or 0) > scheduler.total_steps:
+        raise ValueError(
+            f"OneCycleLR is made for {scheduler.total_steps} {interval}s and the training has "
+            f"{training_length}: set total_steps to that"
+        )
+    last_change, is_exact = _last_change(scheduler)
+    if last_change is None or training_length is None or math.isinf(training_length):
+        return
+    has_milestones = bool(getattr(scheduler, "milestones", ()))
+    is_late = last_change > training_length or (has_milestones and last_change == training_length)
+    if is_late or (is_exact and last_change != training_length):
+        rank_zero_warn(
+            f"{name} changes the rate until {interval} {last_change}, and the training ends after "
+            f"{training_length}: change one of the two numbers"
+        )
+
+
+def _check_arguments(scheduler: Any, name: str) -> None:
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "ReduceLROnPlateau depends on metrics that a resumed run no longer has: "
@@ -112,27 +138,6 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
             raise ValueError(f"{argument} of {name} is {value}: give {least} or more")
     if any(rate < 0 for rate in [*scheduler.base_lrs, *getattr(scheduler, "max_lrs", ())]):
         raise ValueError(f"{name} has a rate below 0: give none")
-    if isinstance(scheduler, LinearDecayLR) and scheduler.length is None:
-        if training_length is None or math.isinf(training_length):
-            raise ValueError(
-                "LinearDecayLR is as long as the training, whose length is not known: set its "
-                "length, or trainer.max_epochs"
-            )
-        scheduler.length = int(training_length)
-    if isinstance(scheduler, OneCycleLR) and (training_length or 0) > scheduler.total_steps:
-        raise ValueError(
-            f"OneCycleLR is made for {scheduler.total_steps} {interval}s and the training has "
-            f"{training_length}: set total_steps to that"
-        )
-    last_change, is_exact = _last_change(scheduler)
-    if last_change is None or training_length is None or math.isinf(training_length):
-        return
-    is_late = last_change >= training_length if milestones else last_change > training_length
-    if is_late or (is_exact and last_change != training_length):
-        rank_zero_warn(
-            f"{name} changes the rate until {interval} {last_change}, and the training ends after "
-            f"{training_length}: change one of the two numbers"
-        )
 
 
 def _last_change(scheduler: LRScheduler) -> tuple[int | None, bool]:
