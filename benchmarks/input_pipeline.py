@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"no folder {options.folder}: give one that holds <class>/<image>")
     if options.folder is None:
         compare(pipelines(num_images=50_000), num_batches=12, num_ours=300)
         return
