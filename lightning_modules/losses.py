@@ -71,7 +71,7 @@ class LossWatch:
 def stopped(loss: float | str, step: int, epoch: int) -> LossNotFinite:
     """Returns the error that ends a training."""
     return LossNotFinite(
-        f"the loss is {loss} at step {step} (epoch {epoch}): stopped, the last good checkpoint is "
-        "kept; lower the learning rate and pass another --run_dir",
+        f"the loss is {loss} at step {step} (epoch {epoch}): stopped, and no checkpoint holds it; "
+        "lower the learning rate and pass another --run_dir",
         step,
     )

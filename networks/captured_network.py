@@ -203,8 +203,12 @@ class CapturedNetwork:
             if gates is not None or in_blocks:
                 steps = self.make_steps(source, gates)
             else:
-                outputs, self.structure = pytree.tree_flatten(self.run(images))
-                targets = [Buffer(each) for each in outputs]
+                with torch.enable_grad():
+                    outputs, self.structure = pytree.tree_flatten(self.run(source.value))
+                if not all(isinstance(each, Tensor) and each.requires_grad for each in outputs):
+                    raise RuntimeError("it returns something that has no gradient")
+                targets = [Buffer(each.detach()) for each in outputs]
+                del outputs  # and what they hold for a backward
                 steps = [(None, Part(self.run, source, targets, list(network.parameters())))]
             return Chain(source, steps, Recorder(images.device), autocast, compiles)
 
@@ -213,8 +217,9 @@ class CapturedNetwork:
     ) -> list[tuple[Part | None, Part | None]]:
         """Returns stem, blocks and head of a residual network; runs each of them once."""
         network, num_images = self.network, len(source.value)
-        of_blocks = {each for block in network.blocks for each in block.parameters()}
-        others = [each for each in network.parameters() if each not in of_blocks]
+        inside = {module for block in network.blocks for module in block.modules()}
+        outside = [module for module in self.watch.modules if module not in inside]
+        others = list({p: None for m in outside for p in m.parameters(recurse=False)})
         stream = Buffer(network.stem(source.value))
         steps: list = [(None, Part(network.stem, source, [stream], others))]
         counts = [num_images] * network.num_blocks

@@ -61,8 +61,8 @@ class ExitStream:
     """Classifies images that come little by little; each leaves at the first exit where it is sure.
 
     Every image gets the answer of `early_exit`, and answers come in the order of images, late: at
-    most `WINDOW` batches. Logits that are not finite at the last exit are refused; the stream is of
-    no use after that.
+    most `WINDOW` batches. Logits that are not finite at the last exit are refused, and all that comes
+    after them.
 
     With `capture` every stage is recorded when it is used for the first time, and again when
     parameters have moved; one that cannot be recorded (it has hooks, asks the device for a value,
@@ -89,8 +89,8 @@ class ExitStream:
     ):
         check_capture(capture)
         check_thresholds(thresholds, len(network.exits), criterion)
-        if batch_size < 1:
-            raise ValueError(f"a batch size of {batch_size}: give 1 or more")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"a batch size of {batch_size}: give a whole number, 1 or more")
         self.network, self.criterion, self.batch_size = network, criterion, batch_size
         self.thresholds = list(thresholds)
         self._records = capture != "none" and can_be_recorded(network)
@@ -103,6 +103,7 @@ class ExitStream:
         self._runs: deque[Run] = deque()
         self._num_pushed = self._num_taken = 0
         self._taken: list[Answers] = []
+        self._has_failed = False
 
     @torch.no_grad()
     def push(self, images: Tensor) -> Answers | None:
@@ -116,6 +117,8 @@ class ExitStream:
             FloatingPointError: an image has logits that are not finite at the last exit.
         """
         check_evaluation_mode(self.network)
+        self._check_is_whole()
+        check_images(images)
         if not self._queues:
             self._start(images)
         kind = kind_of(images)
@@ -140,11 +143,16 @@ class ExitStream:
     @torch.no_grad()
     def finish(self) -> Answers | None:
         """Returns the answers of all other images; the stream may then be used again."""
+        self._check_is_whole()
         if not self._queues:
             return None
         self._flush()
         self._take()
         return self._hand_over()
+
+    def _check_is_whole(self) -> None:
+        if self._has_failed:
+            raise ValueError("this stream has met logits that are not finite: start another one")
 
     def _start(self, images: Tensor) -> None:
         device = images.device
@@ -255,6 +263,7 @@ class ExitStream:
             queue = self._queues[run.index + 1]
             queue.waiting = torch.cat([queue.waiting, images])
         elif num_bad := int((images != NOBODY).sum()):
+            self._has_failed = True
             raise not_finite(num_bad, int((run.images != NOBODY).sum()))
 
     def _advance(self) -> None:
@@ -310,6 +319,13 @@ def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device, autoca
     return f"{tuple(shape)} of {dtype} on {device}{precision}"
 
 
+def check_images(images: object) -> None:
+    """Raises ValueError if this is no batch of images."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{what} is no batch of images: give tensors (N, C, H, W), without labels")
+
+
 def join_answers(parts: Sequence[Answers]) -> Answers:
     """Returns the answers of several batches as those of one."""
     return Answers(*map(torch.cat, zip(*parts, strict=True)))
@@ -351,6 +367,7 @@ def _answer_batches(stream: ExitStream, batches: Iterable[Tensor]) -> Iterator[A
             known = Answers(*(values[size:] for values in known))
 
     for images in batches:
+        check_images(images)
         sizes.append(len(images))
         answers = stream.push(images)
         if answers is not None:

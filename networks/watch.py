@@ -6,6 +6,7 @@ from operator import attrgetter, is_, itemgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 SCALARS = ("drop_rate", "eps", "momentum", "p", "track_running_stats")
 """Attributes of modules that decide what is computed, and that schedules are known to change."""
@@ -66,7 +67,7 @@ class Watch:
         return same(self._members_now(), self._members)
 
     def has_hooks(self) -> bool:
-        return any(self._hooks)
+        return any(self._hooks) or _has_any_global_hook()
 
     def is_training(self) -> bool:
         return any(map(itemgetter("training"), self._attributes))

@@ -370,6 +370,9 @@ def is_loss_of_a_rank(error: RuntimeError) -> bool:
 def one_line(error: Exception) -> str:
     """Returns an error's message without the types and values that jsonargparse wraps around."""
     message = " ".join(str(error).split())
+    message = message.replace(
+        "No supported gpu backend found!", "there is no GPU: use -c experiments/machines/cpu.yaml"
+    )
     message = re.sub(
         r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
     )

@@ -526,3 +526,63 @@ def test_copies_hold_no_recording(device: torch.device) -> None:
         assert copied.chain is None
         assert copied.network is not training.network
         assert copied.run is copied.network
+
+
+class Normalising(nn.Module):
+    """Changes its images in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.sub_(0.5).mean((2, 3)))
+
+
+def test_images_are_read_once(device: torch.device) -> None:
+    eager, captured = both(Normalising, device)
+    for training in (eager, captured):
+        for number in range(3):
+            training.step(number)
+    same(captured.results(), eager.results(), device)
+    assert_recorded(captured)
+
+
+class TellingMore(Normalising):
+    def forward(self, images: Tensor) -> tuple[Tensor, object]:
+        logits = super().forward(images.clone())
+        return logits, self.more(logits)
+
+
+@pytest.mark.parametrize("more", [lambda _: None, lambda logits: logits.argmax(1)])
+def test_outputs_without_gradients_run_eagerly(more: Callable, device: torch.device) -> None:
+    network = make(TellingMore, device)
+    network.more = more
+    run = CapturedNetwork(network, say=lambda _: None)
+    images, _ = Training(network, run, device).batch(0)
+    run(images)[0].sum().backward()
+    assert run.chain is None
+    assert any("it returns something that has no gradient" in line for line in run.said)
+
+
+def test_tied_weights_of_stem_and_block(device: torch.device) -> None:
+    def build() -> nn.Module:
+        network = NETWORKS["A"]()
+        network.layer1[0].bn1.weight = network.bn1.weight
+        return network
+
+    eager, captured = both(build, device)
+    for training in (eager, captured):
+        training.step(0, torch.ones(training.network.num_blocks))
+    same(captured.results(), eager.results(), device)
+    assert_recorded(captured)
+
+
+def test_global_hooks_are_seen(device: torch.device) -> None:
+    _, training = both(NETWORKS["A"], device)
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        training.step(0)
+    finally:
+        hook.remove()
+    assert training.run.chain is None

@@ -306,7 +306,7 @@ def test_bad_input_is_refused_before_anything_runs() -> None:
             early_exit_stream(network, [images], **{"thresholds": [0.5], **arguments})
         with pytest.raises(ValueError, match=message):
             EarlyExit(network, **{"thresholds": [0.5], **arguments})
-    with pytest.raises(ValueError, match="a batch size of 0: give 1 or more"):
+    with pytest.raises(ValueError, match="a batch size of 0: give a whole number, 1 or more"):
         early_exit_stream(network, [images], [0.5], batch_size=0)
     assert network.sizes == [[], []]
 
@@ -444,3 +444,25 @@ def test_parameters_that_move_are_noticed() -> None:
         watch = NetworkWatch(network)
         move()
         assert watch.has_changed()
+
+
+def test_stream_that_has_failed_is_over() -> None:
+    network = ResNetWithExits(CifarResNet(8), [1]).eval()
+    images = torch.randn(6, 3, 8, 8)
+    images[2] = torch.nan
+    stream = ExitStream(network, [-math.inf], batch_size=2)
+    with pytest.raises(FloatingPointError):
+        stream.push(images)
+    for use in (stream.finish, lambda: stream.push(torch.randn(2, 3, 8, 8))):
+        with pytest.raises(ValueError, match="start another one"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [((torch.zeros(2, 3, 8, 8), torch.zeros(2)), "tuple"), (torch.zeros(3, 8, 8), "\\(3, 8, 8\\)")],
+)
+def test_what_is_no_batch_is_refused(batch: object, what: str) -> None:
+    network = ResNetWithExits(CifarResNet(8), [1]).eval()
+    with pytest.raises(ValueError, match=f"{what} is no batch of images: give tensors"):
+        list(early_exit_stream(network, [batch], [0.5]))
