@@ -61,8 +61,8 @@ class ExitStream:
     """Classifies images that come little by little; each leaves at the first exit where it is sure.
 
     Every image gets the answer of `early_exit`, and answers come in the order of images, late: at
-    most `WINDOW` batches. Logits that are not finite at the last exit are refused, and all that comes
-    after them.
+    most `WINDOW` batches. Logits that are not finite at the last exit are refused, and the stream
+    ends.
 
     With `capture` every stage is recorded when it is used for the first time, and again when
     parameters have moved; one that cannot be recorded (it has hooks, asks the device for a value,
