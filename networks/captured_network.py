@@ -39,8 +39,9 @@ class CapturedNetwork:
 
     Anything else runs eagerly: evaluation, batches of another size (the last one of an epoch),
     other gates than those that were announced, modules with hooks. What is not expected is said
-    once. Larger batches and parameters that have moved are recorded anew. Attributes of modules,
-    such as a BN's momentum, are those of the recording.
+    once. Larger batches, parameters that have moved and modules that are others are recorded anew,
+    and so is a change of the attributes in `networks.watch.SCALARS`; others are those of the
+    recording.
 
     Args:
         network: in training mode when it is recorded.
