@@ -169,7 +169,8 @@ def test_budget_of_an_exit_is_kept_on_validation(trained) -> None:
         assert 0.8 * budget < mean <= budget
 
 
-@pytest.mark.parametrize("unit", ["macs", pytest.param("ms", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["macs", "ms"])
 def test_budget_picks_thresholds(unit: str, trained, tmp_path: Path, monkeypatch) -> None:
     folder, before = trained
     costs = count_exit_macs(before.net, torch.zeros(1, 1, 32, 32))
