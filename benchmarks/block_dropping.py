@@ -26,7 +26,7 @@ from torchvision.ops import stochastic_depth
 
 from benchmarks.timing import add_memory_format, best_device, describe_machine, parse_options
 from chance import generator
-from lightning_modules import survival_probabilities
+from lightning_modules import survival_probabilities, zero_missing_gradients
 from networks import CifarResNet, median_seconds
 
 FINAL_SURVIVAL_PROB = 0.5
@@ -101,10 +101,7 @@ def training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callabl
     def step(_: int) -> None:
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
-        # As in the paper's code, closed blocks still get momentum and weight decay.
-        for parameter in network.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        zero_missing_gradients(network.parameters())  # as in the paper's code
         optimizer.step()
 
     return step

@@ -3,12 +3,12 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --rows depth exits --seconds 120
 
-Needs a CUDA device and six minutes of it. A row is printed when it is done, and a table of all
-promises at the end: ratio, goal, verdict. Contenders take turns in an order of each round's own,
-a sample is several steps, medians count. One that fails is a line that says why. Weights and images
-are random. The other side is, where it applies: the plain eager loop, `torch.compile` by default
-and with mode="reduce-overhead" (of ResNet-20: ResNet-110 compiles for minutes), torchvision's
-networks and its stochastic_depth, timm's DropPath, a CUDA graph of the whole network.
+Needs a CUDA device. No row begins after five minutes. A row is printed when it is done, and a table
+of all promises at the end: ratio, goal, verdict. Contenders take turns in an order of each round's
+own, a sample is several steps, medians count. One that fails is a line that says why. Weights and
+images are random. The other side is, where it applies: the plain eager loop, `torch.compile` by
+default and with mode="reduce-overhead" (of ResNet-20: ResNet-110 compiles for minutes),
+torchvision's networks and its stochastic_depth, timm's DropPath, a CUDA graph of the whole network.
 
 All contenders may use TF32, and cuDNN's kernels are those of its heuristics, as in a training with
 machines/gpu.yaml: trying them out takes half a minute for a network with a gate per sample. All

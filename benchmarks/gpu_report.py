@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.timing import Times, describe_failure, free_memory, time_contenders
+from lightning_modules import zero_missing_gradients
 
 T = TypeVar("T")
 
@@ -73,13 +74,7 @@ def training_step(
         with amp or contextlib.nullcontext():
             value = loss()
         value.backward()
-        # Closed blocks get weight decay and momentum, as in LitStochasticDepth.
-        closed = [each for each in network.parameters() if each.grad is None]
-        zeros = [torch.empty_like(each) for each in closed]
-        if zeros:
-            torch._foreach_zero_(zeros)
-        for parameter, zero in zip(closed, zeros, strict=True):
-            parameter.grad = zero
+        zero_missing_gradients(network.parameters())  # as LitStochasticDepth does
         optimizer.step()
 
     return step
@@ -164,6 +159,6 @@ def row(report: Report, name: str, setting: Setting) -> Iterator[None]:
     torch.compiler.reset()  # else the graphs of a row before stay, and its limits on recompiling
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # any: the other rows go on, and this one says why
         report.add(f"row {name}", None, reason=describe_failure(error))
     free_memory(setting.device)

@@ -122,7 +122,7 @@ def trainer(report: Report, setting: Setting) -> None:
         title = f"Trainer / bare loop of the same {how} ResNet-{size}"
         try:
             fit(net, capture, Given(turns), setting)
-        except Exception as error:
+        except Exception as error:  # any: a line that says why, and the rest goes on
             report.add(title, None, at_most=1.05, reason=describe_failure(error))
             continue
         report.show(f"ResNet-{size}, batch {batch_size}, TF32, {how}", turns.times(), batch_size)
@@ -168,7 +168,7 @@ def data(report: Report, setting: Setting) -> None:
         module = CIFARInTurn(num_images, setting)
         try:
             fit(setting.place(CifarResNet(size)), capture, module, setting)
-        except Exception as error:
+        except Exception as error:  # any: a line that says why, and the rest goes on
             report.add(title, None, at_least=0.97, reason=describe_failure(error))
             continue
         times = module.turns.times()

@@ -130,7 +130,9 @@ def training_images(
     data.setup("fit")
     missing = math.inf if num_images is None else math.ceil(num_images / trainer.world_size)
     for number, batch in enumerate(data.train_epoch(trainer.current_epoch), start=1):
-        images, _ = data.on_after_batch_transfer([values.to(device) for values in batch], 0)
+        images, _ = data.on_after_batch_transfer(
+            [values.to(device, non_blocking=True) for values in batch], 0
+        )
         yield images[: min(missing, len(images))]
         missing -= len(images)
         if missing <= 0 or number == num_batches:

@@ -10,7 +10,11 @@ from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.resnet import LitResNet
 from lightning_modules.schedules import LinearDecayLR, WarmupMultiStepLR
 from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
-from lightning_modules.stochastic_depth import LitStochasticDepth, survival_probabilities
+from lightning_modules.stochastic_depth import (
+    LitStochasticDepth,
+    survival_probabilities,
+    zero_missing_gradients,
+)
 
 __all__ = [
     "FULL",
@@ -29,4 +33,5 @@ __all__ = [
     "accuracy_name",
     "sgd",
     "survival_probabilities",
+    "zero_missing_gradients",
 ]

@@ -13,7 +13,7 @@ Differences from the released code:
       every step has the same shapes. `rescale` then divides by the share that survives.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -57,6 +57,16 @@ def survival_probabilities(
     return [
         1 - block / num_blocks * (1 - final_survival_prob) for block in range(1, num_blocks + 1)
     ]
+
+
+def zero_missing_gradients(parameters: Iterable[Tensor]) -> None:
+    """Gives parameters without a gradient one of zeros: weight decay and momentum then act."""
+    missing = [parameter for parameter in parameters if parameter.grad is None]
+    zeros = [torch.empty_like(parameter) for parameter in missing]
+    if zeros:
+        torch._foreach_zero_(zeros)  # in one kernel
+    for parameter, zero in zip(missing, zeros, strict=True):
+        parameter.grad = zero
 
 
 class LitStochasticDepth(ImageClassifier):
@@ -114,7 +124,7 @@ class LitStochasticDepth(ImageClassifier):
 
     @property
     def open_gates(self) -> list[float]:
-        """The gate of each block where it is open, or of a sample where each is drawn by itself."""
+        """The value of an open gate, by block; fixed rows with `rescale` have N / k instead."""
         probs = torch.tensor(self.survival_probs, dtype=torch.float64)
         return (1 / probs if self.rescale else torch.ones_like(probs)).float().tolist()
 
@@ -156,14 +166,8 @@ class LitStochasticDepth(ImageClassifier):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if not self.update_dropped_blocks:
-            return
-        closed = [each for each in self.net.parameters() if each.grad is None]
-        zeros = [torch.empty_like(parameter) for parameter in closed]
-        if zeros:
-            torch._foreach_zero_(zeros)  # in one kernel
-        for parameter, zero in zip(closed, zeros, strict=True):
-            parameter.grad = zero
+        if self.update_dropped_blocks:
+            zero_missing_gradients(self.net.parameters())
 
     def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         gates = None if self.rescale else self.survival_probs

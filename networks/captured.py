@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from networks.choices import check_choice
@@ -83,7 +82,7 @@ class Recorder:
             with here, no_collection(), capture:
                 try:
                     result = function()
-                except Exception as error:
+                except Exception as error:  # kept, since the capture's end raises another one
                     failure = error
                     raise
         except BaseException:
@@ -124,18 +123,12 @@ class CapturedInference:
     Args:
         function: from a tree of tensors to a tree of tensors; the same kernels whatever the values.
         example: inputs of the shape, type, memory format and device of those to come.
-        recorder: None: one of its own.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., object],
-        *example: object,
-        recorder: Recorder | None = None,
-    ):
+    def __init__(self, function: Callable[..., object], *example: object):
         tensors, self._structure = pytree.tree_flatten(example)
         self.inputs = [tensor.clone() for tensor in tensors]
-        recorder = Recorder(tensors[0].device) if recorder is None else recorder
+        recorder = Recorder(tensors[0].device)
 
         def run() -> object:
             with torch.no_grad(), as_now():
@@ -171,11 +164,3 @@ def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager]:
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """Returns channels_last for a tensor (N, C, H, W) that is laid out so, else the default."""
-    is_image = tensor.dim() == 4 and not tensor.is_contiguous()
-    if is_image and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from networks.captured import memory_format
 from networks.early_exit import State
 from networks.rows import write_rows
 
@@ -139,3 +138,11 @@ class Reader:
             return slot[: len(values)]
 
         return wait
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Returns channels_last for a tensor (N, C, H, W) that is laid out so, else the default."""
+    is_image = tensor.dim() == 4 and not tensor.is_contiguous()
+    if is_image and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

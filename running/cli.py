@@ -212,10 +212,8 @@ class ExperimentCLI(LightningCLI):
         except preemption.TimeIsOver:
             rank_zero_info("trainer.max_time is over: repeat the command to go on")
             return
-        # A test of some batches is no result.
-        is_result = (
-            isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
-        )
+        limit = trainer.limit_test_batches
+        is_result = isinstance(limit, float) and limit == 1  # all batches, not one
         if test:
             self.run_test(self.checkpoint.selected(trainer), again=not is_result)
         folder.mark_finished(trainer, tested=test and is_result)
