@@ -586,3 +586,18 @@ def test_global_hooks_are_seen(device: torch.device) -> None:
     finally:
         hook.remove()
     assert training.run.chain is None
+
+
+def test_too_little_memory_is_told(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CapturedNetwork, "make_chain", fail)
+    eager, captured = both(NETWORKS["A"], device)
+    for training in (eager, captured):
+        training.step(0)
+        training.step(1)
+    same(captured.results(), eager.results(), device)
+    (said,) = captured.run.said
+    assert "not enough for" in said
+    assert "lower batch_size, or set capture to none" in said
