@@ -4,8 +4,8 @@
     python main.py fit -c experiments/... -c experiments/machines/gpu.yaml  the same on that machine
     python main.py test -c experiments/...                                  evaluate what is trained
 
-What a command does is written in `running.cli`. Here stands only what must happen before torch is
-imported.
+What a command does is written in `running.cli` and `running.commands`. Here stands only what must
+happen before torch is imported.
 """
 
 import sys

@@ -4,6 +4,7 @@ from datamodules.base import EpochLoader, ImageDataModule
 from datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from datamodules.digits import DigitsDataModule
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.image_format import ImageFormat
 from datamodules.imagenet import ImageNetDataModule
 from datamodules.in_memory import InMemoryDataModule, LabelledImages
 from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
@@ -17,6 +18,7 @@ __all__ = [
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "ImageFormat",
     "ImageNetDataModule",
     "InMemoryDataModule",
     "LabelledImages",

@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from datamodules.image_format import ImageFormat
 from datamodules.order import evaluation_batches, num_training_batches, training_batches
 
 Split = Literal["train", "val", "test", "predict"]
@@ -78,10 +79,13 @@ class ImageDataModule(LightningDataModule):
             by `setup`.
         transform: what happens on the device to a batch's images and numbers, a `BatchTransform` or
             `ColourTransform`; set by `setup`.
+        crops_images: whether images have any size, and evaluation cuts their centre out.
 
     Raises:
         ValueError: an argument is out of range.
     """
+
+    crops_images = False
 
     batch_size: int = 128
     eval_batch_size: int = 500
@@ -141,6 +145,18 @@ class ImageDataModule(LightningDataModule):
             per_step <= self.num_samples("train"),
             f"there are {self.num_samples('train')} training images; batch_size times processes "
             f"asks for {per_step} of them in every step: lower batch_size",
+        )
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How an image becomes what the steps receive, without this data module; after `setup`."""
+        return ImageFormat(
+            data=type(self).__name__,
+            image_shape=self.image_shape,
+            scale=self.transform.scale.cpu(),
+            shift=self.transform.shift.cpu(),
+            class_names=getattr(self, "class_names", None),
+            is_cropped=self.crops_images,
         )
 
     def train_position(self) -> tuple[int, int]:

@@ -107,6 +107,8 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
     """
 
+    crops_images = True
+
     data_dir: str = field(default="data", kw_only=False)
     image_size: int = 224
     augmentation: Augmentation = "inception"

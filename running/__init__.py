@@ -2,9 +2,11 @@
 
 from running.checkpoint import LAST, RunCheckpoint
 from running.checkpoint_io import AtomicCheckpointIO
-from running.cli import ExperimentCLI, main
+from running.cli import ExperimentCLI
+from running.command_line import main
 from running.folder import RunFolder
 from running.history import CSVHistory
+from running.loading import LoadedRun, Point, load_run
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
@@ -16,10 +18,13 @@ __all__ = [
     "CSVHistory",
     "ExperimentCLI",
     "FaultTolerantWandbLogger",
+    "LoadedRun",
     "OperatingPoints",
+    "Point",
     "PredictionWriter",
     "RunCheckpoint",
     "RunFolder",
     "Tracking",
+    "load_run",
     "main",
 ]

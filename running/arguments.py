@@ -10,6 +10,7 @@ What it lets pass and a run would take for something else stops here, before any
 
 import contextlib
 import os
+import re
 import sys
 from argparse import Action
 from collections.abc import Callable, Iterator, Sequence
@@ -208,3 +209,18 @@ def _describe(annotation: Any) -> str:
         return "a value"
     name = annotation.__name__
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message without the types and values that jsonargparse wraps around."""
+    message = " ".join(str(error).split())
+    message = message.replace(
+        "No supported gpu backend found!", "there is no GPU: use -c experiments/machines/cpu.yaml"
+    )
+    message = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
+    )
+    message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
+    message = re.sub(r"\. Got value: Namespace\(.*", "", message)
+    message = re.sub(r" - Not a valid subclass of Callback.*", "", message)
+    return re.sub(r" Given value type: .*", "", message)

@@ -256,6 +256,9 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         histories = [each for each in trainer.loggers if isinstance(each, CSVHistory)]
         metrics = trainer.callback_metrics.items()
+        image_format = getattr(trainer.datamodule, "image_format", None)
+        if image_format is not None:  # so that the network can answer without its data set
+            checkpoint["images"] = image_format.to_checkpoint()
         checkpoint["run"] = {
             "format": FORMAT,
             "images_per_step": images_per_step(trainer.datamodule, trainer),

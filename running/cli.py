@@ -1,12 +1,6 @@
 """The command line: fit, validate, test and predict, each in the folder of a run."""
 
-import logging
-import os
-import re
-import signal
-import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,24 +19,20 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch.distributed import DistError
 
 import preemption
 from callbacks import SampledTestImages
 from lightning_modules import ImageClassifier
-from running.arguments import StrictParser, check_trainer
+from running.arguments import StrictParser, check_trainer, one_line
 from running.checkpoint import RunCheckpoint, guess_mode
 from running.checkpoint_io import AtomicCheckpointIO
+from running.commands import LOOKING
 from running.folder import RunFolder, check_evaluated, check_trained
 from running.machine import Machine, check_tasks
 from running.predictions import PredictionWriter
 from running.result import AGAIN, RESULT, OperatingPoints, show_points
 from running.tracking import Tracking
-
-# Mistakes of a user, each told in one line. Anything else is ours and shows its traceback.
-USER_ERRORS = (ArgumentError, MisconfigurationException, ValueError, OSError, FloatingPointError)
 
 
 class ExperimentCLI(LightningCLI):
@@ -50,6 +40,7 @@ class ExperimentCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None):
         parser = {"exit_on_error": False, "allow_abbrev": False}
+        others = ", ".join(LOOKING)
         super().__init__(
             ImageClassifier,
             LightningDataModule,
@@ -62,7 +53,11 @@ class ExperimentCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_class=StrictParser,
-            parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
+            parser_kwargs={
+                **parser,
+                "epilog": f"Commands that look at what there is, each with its --help: {others}",
+                **{name: dict(parser) for name in self.subcommands()},
+            },
             trainer_defaults={
                 "enable_model_summary": False,
                 "num_sanity_val_steps": 0,
@@ -307,78 +302,3 @@ def check_direction(callback: EarlyStopping) -> None:
             f"EarlyStopping would stop when {callback.monitor} gets better (mode "
             f"{callback.mode}): set its mode to {mode}"
         )
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit status.
-
-    0; 2 after a mistake; 75, or 143 after SIGTERM, if a scheduler's warning came and the same
-    command goes on; 1 after Ctrl+C, or if another process of the run has ended.
-    """
-    # Lightning's advice about worker processes: our small sets are in memory and have none.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # The metrics have been reduced over the ranks when they are logged.
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
-    # With SLURM's srun installed but not used, every Trainer would say so.
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
-    try:
-        ExperimentCLI(args)
-    except USER_ERRORS as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
-    except preemption.Preempted as warning:
-        rank_zero_info("saved after a signal: repeat the command to go on")
-        return warning.code
-    except RuntimeError as error:
-        if is_mistake(error) and not os.environ.get("TRACEBACK"):
-            print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
-            return 2
-        if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
-            raise
-        print(
-            f"error: another process of this run has ended, so this one does ({one_line(error)}): "
-            "see what it printed, then repeat the command to go on",
-            file=sys.stderr,
-        )
-        return 1
-    except SIGTERMException:
-        # Lightning alone would exit with 0, and a scheduler would take the run for done.
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
-
-
-def is_mistake(error: RuntimeError) -> bool:
-    """Tells whether Lightning has refused what a user has said; it has no class for that."""
-    return str(error).startswith(
-        ("Early stopping conditioned on metric", "Found more than one stateful callback")
-    )
-
-
-def is_loss_of_a_rank(error: RuntimeError) -> bool:
-    """Tells whether a collective operation failed; gloo has no class for that."""
-    return isinstance(error, DistError) or "gloo" in str(error)
-
-
-def one_line(error: Exception) -> str:
-    """Returns an error's message without the types and values that jsonargparse wraps around."""
-    message = " ".join(str(error).split())
-    message = message.replace(
-        "No supported gpu backend found!", "there is no GPU: use -c experiments/machines/cpu.yaml"
-    )
-    message = re.sub(
-        r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
-    )
-    message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
-    message = re.sub(r"\. Got value: Namespace\(.*", "", message)
-    message = re.sub(r" - Not a valid subclass of Callback.*", "", message)
-    return re.sub(r" Given value type: .*", "", message)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()

@@ -18,15 +18,15 @@ import callbacks
 import datamodules
 import lightning_modules
 import networks
-from running import Tracking, cli
-from running.arguments import StrictParser, load_yaml, refuse_empty
+from running import ExperimentCLI, Tracking
+from running.arguments import StrictParser, load_yaml, one_line, refuse_empty
 from running.checkpoint import RunCheckpoint
 
 QUICKSTART = str(Path(__file__).parent.parent / "experiments/quickstart.yaml")
 TRUNK = yaml.safe_dump({"model": methods.METHODS["branchynet"]})
 
 
-class Parser(cli.ExperimentCLI):
+class Parser(ExperimentCLI):
     """Builds the parser of the command line, and goes no further."""
 
     def parse_arguments(self, parser: jsonargparse.ArgumentParser, args: Any) -> None:
@@ -63,7 +63,7 @@ def as_file(path: Path, text: str) -> Path:
 def assert_refused(parse, args: tuple[str, ...], *messages: str) -> None:
     with pytest.raises((jsonargparse.ArgumentError, ValueError)) as caught:
         parse(*args)
-    line = cli.one_line(caught.value)
+    line = one_line(caught.value)
     for message in messages:
         assert message in line
     assert "unicode string" not in line

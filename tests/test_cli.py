@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
 from networks import CifarResNet
-from running import cli
+from running import command_line
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -548,15 +548,15 @@ def test_exit_status_of_what_others_did(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "ExperimentCLI", Mock(side_effect=error))
-    assert cli.main([]) == status
+    monkeypatch.setattr(command_line, "ExperimentCLI", Mock(side_effect=error))
+    assert command_line.main([]) == status
     assert capsys.readouterr().err.startswith(line)
 
 
 def test_unknown_error_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "ExperimentCLI", Mock(side_effect=RuntimeError("a bug")))
+    monkeypatch.setattr(command_line, "ExperimentCLI", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main([])
+        command_line.main([])
 
 
 def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Tables and pictures over operating points and run folders."""

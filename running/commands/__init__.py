@@ -1,0 +1,46 @@
+"""Commands that look at what there is: none trains, none needs a YAML's Trainer.
+
+Each is a file here with two functions: `add_arguments` says what the command line may hold, `run`
+does it. A mistake is a ValueError or OSError, whose message is the line that the user reads.
+"""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from typing import NoReturn
+
+LOOKING = ("runs", "report", "profile", "export", "tour")
+"""By name; `predict` is one of them when it is given a run folder (`--run`) instead of a YAML."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises instead of printing its usage before every mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
+def looks(args: Sequence[str]) -> bool:
+    """Tells whether a command line is one of these commands."""
+    name, rest = (args[0], args[1:]) if args else ("", ())
+    return name in LOOKING or (
+        name == "predict" and any(arg == "--run" or arg.startswith("--run=") for arg in rest)
+    )
+
+
+def run_command(args: Sequence[str]) -> None:
+    """Runs one of these commands.
+
+    Raises:
+        ValueError, OSError: a mistake of the user's.
+    """
+    name, *rest = args
+    command = importlib.import_module(f"running.commands.{name}")  # what one needs, others do not
+    parser = CommandParser(
+        prog=f"main.py {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    command.run(parser.parse_args(rest))
