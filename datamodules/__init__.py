@@ -8,6 +8,7 @@ from datamodules.image_format import ImageFormat
 from datamodules.imagenet import ImageNetDataModule
 from datamodules.in_memory import InMemoryDataModule, LabelledImages
 from datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+from datamodules.prepared_files import ImagesToClassify, prepare_images, tell_unlike
 from datamodules.svhn import SVHNDataModule
 
 __all__ = [
@@ -20,8 +21,11 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageFormat",
     "ImageNetDataModule",
+    "ImagesToClassify",
     "InMemoryDataModule",
     "LabelledImages",
     "MNISTDataModule",
     "SVHNDataModule",
+    "prepare_images",
+    "tell_unlike",
 ]

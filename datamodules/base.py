@@ -80,12 +80,14 @@ class ImageDataModule(LightningDataModule):
         transform: what happens on the device to a batch's images and numbers, a `BatchTransform` or
             `ColourTransform`; set by `setup`.
         crops_images: whether images have any size, and evaluation cuts their centre out.
+        enlargement: sides of the square that a pixel of the files becomes.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
     crops_images = False
+    enlargement = 1
 
     batch_size: int = 128
     eval_batch_size: int = 500
@@ -157,6 +159,7 @@ class ImageDataModule(LightningDataModule):
             shift=self.transform.shift.cpu(),
             class_names=getattr(self, "class_names", None),
             is_cropped=self.crops_images,
+            enlargement=self.enlargement,
         )
 
     def train_position(self) -> tuple[int, int]:

@@ -41,6 +41,7 @@ class DigitsDataModule(InMemoryDataModule):
     class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
     image_shape = (1, 32, 32)
     num_test = 360
+    enlargement = 4
 
     val_size: int = 180
 
@@ -50,7 +51,8 @@ class DigitsDataModule(InMemoryDataModule):
         digits = load_digits()
         labels = torch.from_numpy(digits.target).long()
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
-        images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+        images = images.repeat_interleave(self.enlargement, 1)
+        images = images.repeat_interleave(self.enlargement, 2)[:, None]
         rest, test = hold_out(labels, self.num_test, generator("split", 0, "test"))
         train, test = (LabelledImages(images[part], labels[part]) for part in (rest, test))
         return train, test

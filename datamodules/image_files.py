@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 TIFF_BITS_PER_SAMPLE = 258  # the number of that tag
@@ -159,6 +161,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")  # which Pillow advises in a warning, for each image anew
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies, needed or not
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """Returns a copy of the pixels, as Pillow stores them: (H, W, C), or (H, W) of grey."""
+    return torch.from_numpy(np.array(image))
 
 
 def resized(image: Image.Image, box: Box, size: int) -> Image.Image:

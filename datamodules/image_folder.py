@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +22,15 @@ from datamodules.image_augmentation import (
     training_draw,
 )
 from datamodules.image_colour import ColourTransform
-from datamodules.image_files import list_all, list_classes, list_labelled, opened, resized, to_rgb
+from datamodules.image_files import (
+    as_tensor,
+    list_all,
+    list_classes,
+    list_labelled,
+    opened,
+    resized,
+    to_rgb,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,7 +68,7 @@ class ImageFiles(Dataset):
 
     def names(self) -> list[str]:
         """Returns the paths; bytes that are no UTF-8 are escaped, so that they can be written."""
-        return [path.decode(errors="backslashreplace") for path in self.paths]
+        return [readable(path) for path in self.paths]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         """Returns, for a key (epoch, index), an image, its label, and its numbers if it has any.
@@ -77,8 +84,9 @@ class ImageFiles(Dataset):
             return as_tensor(resized(image, box, self.image_size)), self.labels[index], numbers
 
 
-def as_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image))
+def readable(path: bytes) -> str:
+    """Returns a path for people; bytes that are no UTF-8 are escaped."""
+    return path.decode(errors="backslashreplace")
 
 
 def start_worker(worker: int) -> None:

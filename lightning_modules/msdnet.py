@@ -159,10 +159,13 @@ class LitMSDNet(MultiExitClassifier):
         """Returns the budget, and what the exits cost in its unit."""
         if self.budget_macs is not None:
             return self.budget_macs, count_exit_macs(network, images[:1]).leaving
-        with self.trainer.precision_plugin.forward_context():
+        trainer = self._trainer
+        if trainer is None:  # of a network that was loaded to answer
+            return self.budget_ms, time_exits(network, images[:TIMED_BATCH_SIZE]).leaving
+        with trainer.precision_plugin.forward_context():
             times = time_exits(network, images[:TIMED_BATCH_SIZE]).leaving
         # Ranks must not differ about thresholds.
-        return self.budget_ms, self.trainer.strategy.broadcast(times)
+        return self.budget_ms, trainer.strategy.broadcast(times)
 
     def keep_to_budget(self, images: Tensor) -> None:
         """Gives "adaptive" the thresholds of the curve that spend most of the budget."""

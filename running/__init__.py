@@ -6,7 +6,7 @@ from running.cli import ExperimentCLI
 from running.command_line import main
 from running.folder import RunFolder
 from running.history import CSVHistory
-from running.loading import LoadedRun, Point, load_run
+from running.loading import Classified, LoadedRun, Point, load_run
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
@@ -16,6 +16,7 @@ __all__ = [
     "LAST",
     "AtomicCheckpointIO",
     "CSVHistory",
+    "Classified",
     "ExperimentCLI",
     "FaultTolerantWandbLogger",
     "LoadedRun",

@@ -59,7 +59,7 @@ class RunFolder:
         """Returns the folder that a parsed command line means."""
         files = [Path(str(file)) for file in config["config"] or []]
         # The science file, also when a machine file stands before it.
-        science = [file for file in files if "model" in _read(file)]
+        science = [file for file in files if "model" in read_yaml(file)]
         stem = science[0].stem if science else "command_line"
         seed = config["seed_everything"]
         sweep = current_sweep()  # all its runs share one YAML
@@ -156,7 +156,7 @@ class RunFolder:
                 images in a step.
         """
         try:
-            there = _read(self.path / FINISHED)
+            there = read_yaml(self.path / FINISHED)
         except FileNotFoundError:  # at any moment: rank 0 removes it when a run goes on
             return False
         check_images_per_step(there.get("images_per_step"), data, trainer)
@@ -231,7 +231,9 @@ def _difference(
     folder: Path, config: Config, complete: Complete, part: Callable[[Config], Config]
 ) -> str | None:
     path = folder / "config.yaml"
-    return first_difference(part(complete(_read(path))), part(config)) if path.exists() else None
+    return (
+        first_difference(part(complete(read_yaml(path))), part(config)) if path.exists() else None
+    )
 
 
 def _limits(trainer: pl.Trainer) -> dict[str, int]:
@@ -242,7 +244,12 @@ def _limits(trainer: pl.Trainer) -> dict[str, int]:
     return {"max_epochs": max_epochs, "max_steps": trainer.max_steps}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns what a YAML file holds.
+
+    Raises:
+        ValueError: no keys and values.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

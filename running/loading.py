@@ -1,19 +1,50 @@
-"""From the folder of a run to its network: weights, operating points, and what its answers mean."""
+"""From the folder of a run to its network: weights, operating points, and what its answers mean.
 
-from collections.abc import Callable
+    run = load_run("runs/slimmable/digits_us/seed0")
+    point = run.point("w0.5")
+    answers = point.classify(["a.png", "b.jpg"])
+
+Nothing but the run folder is read. Classes of the user's own, named in its config.yaml, are
+imported from where Python finds them (PYTHONPATH). The network computes in float32, whatever
+precision it was trained in.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import yaml
 from jsonargparse import ArgumentError
+from PIL import Image
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from datamodules import ImageFormat
-from lightning_modules import ImageClassifier
-from running.checkpoint import BEST, LAST
+from lightning_modules import FULL, ImageClassifier, LitMSDNet, MultiExitClassifier
+from networks import TIMED_BATCH_SIZE, check_choice, early_exit, early_exit_stream
+from running.arguments import one_line
+from running.checkpoint import BEST, FORMAT, LAST, Select
 from running.checkpoint_io import AtomicCheckpointIO
+from running.folder import read_yaml
+
+if TYPE_CHECKING:  # data sets take long to import
+    from datamodules import ImageFormat
+
+CLASSIFY_BATCH_SIZE = 64
+
+
+class Classified(NamedTuple):
+    """What a network says about images; on the CPU."""
+
+    probabilities: Tensor
+    """(N, num_classes)."""
+    labels: Tensor
+    """(N,) int64, the most probable class of each image."""
+    exits: Tensor | None
+    """(N,) int64, the exit that each image took, from 1; None if the point leaves none early."""
 
 
 class Point(NamedTuple):
@@ -23,11 +54,116 @@ class Point(NamedTuple):
         name: "full", "w0.5", "exit1", ...
         run: from normalized images (N, C, H, W) to logits (N, num_classes).
         image_format: what images must become first.
+        module: the LightningModule that the network is part of.
+        thresholds: with which images leave early, one per exit but the last; None if none does.
     """
 
     name: str
     run: Callable[[Tensor], Tensor]
-    image_format: ImageFormat
+    image_format: "ImageFormat"
+    module: ImageClassifier
+    thresholds: list[float] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the labels; their numbers if they have none."""
+        return class_names(self.image_format, self.module.net.num_classes)
+
+    def classify(
+        self,
+        images: Tensor | Iterable[Image.Image | str | Path],
+        batch_size: int = CLASSIFY_BATCH_SIZE,
+    ) -> Classified:
+        """Classifies images, on the device where the network is.
+
+        Args:
+            images: uint8 (N, C, H, W); or Pillow's images or paths of files, which are prepared as
+                evaluation prepared those of the data set (see `ImageFormat.prepare`). A warning
+                says how many had other sizes.
+            batch_size: images that are computed together.
+
+        Raises:
+            ValueError: no images, or those of another type or shape, a file that cannot be decoded,
+                or a network in training mode.
+            FloatingPointError: answers that are not finite.
+        """
+        if not isinstance(images, Tensor):
+            images = self._prepare_all(images)
+        self._check(images)
+        parts = [self._answer(part) for part in images.split(batch_size)]
+        probs, labels, exits = zip(*parts, strict=True)
+        taken = None if self.thresholds is None else torch.cat(exits)
+        return Classified(torch.cat(probs), torch.cat(labels), taken)
+
+    def classify_stream(
+        self, batches: Iterable[Tensor], batch_size: int = CLASSIFY_BATCH_SIZE
+    ) -> Iterator[Classified]:
+        """Yields the answers to each batch, in order.
+
+        Where images leave early, those that stay wait for others, so that batches stay full: the
+        answers then come late (see `networks.early_exit_stream`).
+
+        Args:
+            batches: uint8 (N, C, H, W) each.
+            batch_size: images on which a stage of the network runs.
+
+        Raises:
+            ValueError, FloatingPointError: see `classify`.
+        """
+        if self.thresholds is None:
+            yield from map(self._answer, batches)
+            return
+        self._check_mode()
+        criterion = self.module.exit_criterion
+        normalized = map(self._normalize, batches)
+        for logits, index in early_exit_stream(
+            self.module.net, normalized, self.thresholds, criterion, batch_size
+        ):
+            yield self._classified(logits, index + 1)
+
+    def _prepare_all(self, images: Iterable[Image.Image | str | Path]) -> Tensor:
+        from datamodules import prepare_images  # slow to import
+
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        return prepare_images(images, self.image_format)
+
+    def _check(self, images: Tensor) -> None:
+        shape = self.image_format.image_shape
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+            raise ValueError(
+                f"the images are {tuple(images.shape)} of {images.dtype}: give torch.uint8 of (N, "
+                f"{', '.join(map(str, shape))}), or Pillow's images or paths, which may have any "
+                "size"
+            )
+        if len(images) == 0:
+            raise ValueError("no images: give one or more")
+
+    def _check_mode(self) -> None:
+        if self.module.net.training:
+            raise ValueError("the network is in training mode: call net.eval()")
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        return self.image_format.normalize(images.to(self.module.device))
+
+    @torch.no_grad()
+    def _answer(self, images: Tensor) -> Classified:
+        self._check_mode()
+        pixels = self._normalize(images)
+        if self.thresholds is None:
+            return self._classified(self.run(pixels), None)
+        logits, index = early_exit(
+            self.module.net, pixels, self.thresholds, self.module.exit_criterion
+        )
+        return self._classified(logits, index + 1)
+
+    def _classified(self, logits: Tensor, exits: Tensor | None) -> Classified:
+        probs = logits.softmax(1).cpu()
+        if not probs.isfinite().all():
+            raise FloatingPointError(
+                f"the answers of {self.name} are not finite: check the weights of the checkpoint"
+            )
+        return Classified(probs, probs.argmax(1), None if exits is None else exits.cpu())
 
 
 class LoadedRun(NamedTuple):
@@ -42,79 +178,195 @@ class LoadedRun(NamedTuple):
 
     folder: Path
     module: ImageClassifier
-    image_format: ImageFormat
+    image_format: "ImageFormat"
     checkpoint: Path
 
     @property
     def net(self) -> nn.Module:
+        """The plain network, which takes normalized images (`image_format.normalize`)."""
         return self.module.net
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the labels; their numbers if they have none."""
+        return class_names(self.image_format, self.net.num_classes)
 
     @property
     def points(self) -> list[str]:
         """Names of the operating points."""
         return list(self.module.operating_points())
 
-    def point(self, name: str = "full") -> Point:
+    @property
+    def thresholds(self) -> dict[str, list[float]]:
+        """Thresholds of the points whose images leave early, by name."""
+        is_early = isinstance(self.module, MultiExitClassifier)
+        return self.module.exit_thresholds if is_early else {}
+
+    def point(self, name: str = FULL) -> Point:
         """Returns an operating point.
 
+        Warns if its thresholds were found long before the weights were saved.
+
         Raises:
-            ValueError: there is none of that name; names those there are.
+            ValueError: there is none of that name (names those there are, the most alike first), or
+                its BN statistics were never computed.
         """
         points = self.module.operating_points()
         if name not in points:
-            raise ValueError(f"{self.folder} has no operating point {name!r}: {', '.join(points)}")
-        return Point(name, points[name], self.image_format)
+            alike = partial(difflib.SequenceMatcher, None, name)
+            known = sorted(points, key=lambda each: -alike(each).ratio())
+            raise ValueError(f"{self.folder} has no operating point {name!r}: {', '.join(known)}")
+        if name in self.module.uncalibrated_points():
+            raise ValueError(
+                f"{self.checkpoint} has no BN statistics of the point {name}: train with "
+                "callbacks.BNRecalibration, or choose another point"
+            )
+        thresholds = self.thresholds.get(name)
+        if thresholds is not None:
+            self.module.on_predict_start()
+        return Point(name, points[name], self.image_format, self.module, thresholds)
 
 
-def load_run(folder: str | Path) -> LoadedRun:
-    """Loads the network of a run: of the checkpoint that its paper's rule selects.
+def load_run(
+    folder: str | Path, checkpoint: Select | None = None, device: str | torch.device = "cpu"
+) -> LoadedRun:
+    """Loads the network of a run, which may still be training.
 
-    Nothing but the run folder is read; the training data may be gone.
+    Weights that a callback averages (`EMAWeightAveraging`) are what a checkpoint calls its weights,
+    and are what answers. Random states, the default dtype and the default device of the caller
+    neither matter nor change.
 
     Args:
         folder: of the run.
+        checkpoint: "best" or "last"; None: the one that the paper's rule selects, as the test did.
+        device: where the network shall be.
 
     Raises:
         FileNotFoundError: it is no run folder, or holds no checkpoint.
-        ValueError: its checkpoint does not fit, or is of another version of this project.
+        ValueError: its checkpoint is damaged, does not fit or is of another version of this
+            project, a class is missing, or there is no such device.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), check_device(device)
     config = read_config(folder)
-    select = (config.get("checkpoint") or {}).get("select", "last")
-    path = folder / (BEST if select == "best" else LAST)
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no {path.name} yet: train it first (fit)")
-    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    if "images" not in checkpoint:
-        raise ValueError(
-            f"{path} does not say what images it takes: it is of an older version of this project, "
-            "or of data that is none of its data modules"
-        )
-    module = build_module(config["model"], folder)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    return LoadedRun(folder, module.eval(), ImageFormat.from_checkpoint(checkpoint["images"]), path)
+    select = checkpoint or (config.get("checkpoint") or {}).get("select", "last")
+    check_choice("checkpoint", select, Select)
+    path = find_checkpoint(folder, select)
+    content = AtomicCheckpointIO().load_checkpoint(path)
+    check_content(content, path)
+    from datamodules import ImageFormat  # slow to import
+
+    image_format = ImageFormat.from_checkpoint(content["images"])
+    with isolate_rng(include_cuda=False), _torch_as_it_was():
+        module = build_module(config["model"], folder)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"])
+        module.eval().to(device)
+        if isinstance(module, LitMSDNet):
+            shape = (TIMED_BATCH_SIZE, *image_format.image_shape)
+            with torch.no_grad():
+                module.keep_to_budget(torch.zeros(shape, device=device))
+    return LoadedRun(folder, module, image_format, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Returns what was trained in a folder.
 
     Raises:
-        FileNotFoundError: it is no run folder.
+        FileNotFoundError: it is no run folder; names those below it.
+        ValueError: its configuration is damaged.
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it holds no config.yaml")
-    return yaml.safe_load(path.read_text())
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}: give that of a run")
+        below = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
+        remedy = f", give one of those in it: {', '.join(below[:5])}" if below else ""
+        raise FileNotFoundError(f"{folder} is no run folder: it holds no config.yaml{remedy}")
+    config = read_yaml(path)
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"{path} names no model: it is not the configuration of a run")
+    return config
+
+
+def find_checkpoint(folder: Path, select: Select) -> Path:
+    """Returns the path of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none; says which there is.
+    """
+    names: dict[str, Literal["best.ckpt", "last.ckpt"]] = {"best": BEST, "last": LAST}
+    path = folder / names[select]
+    if not path.is_file():
+        there = [each for each, name in names.items() if (folder / name).is_file()]
+        remedy = f"choose checkpoint {there[0]!r}" if there else "train it first (fit)"
+        raise FileNotFoundError(f"{folder} holds no {path.name}: {remedy}")
+    return path
+
+
+def check_content(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises ValueError if a checkpoint is of another version, or of data that we do not know."""
+    version = checkpoint.get("run", {}).get("format")
+    if version is None:
+        raise ValueError(f"{path} is no checkpoint of a run of this project: train it here (fit)")
+    if version != FORMAT:
+        kind, remedy = ("a newer", "update") if version > FORMAT else ("an older", "use that one")
+        raise ValueError(
+            f"{path} was written by {kind} version of this project (its format is {version}, and "
+            f"this one reads {FORMAT}): {remedy} (attempts.yaml names its commit)"
+        )
+    if "images" not in checkpoint:
+        raise ValueError(
+            f"{path} does not say what images it takes: it is of an older version of this project, "
+            "or of data that is none of its data modules"
+        )
 
 
 def build_module(config: dict[str, Any], folder: Path) -> ImageClassifier:
-    """Builds the LightningModule that a configuration describes, with random weights."""
+    """Builds the LightningModule that a configuration describes, with random weights.
+
+    Raises:
+        ValueError: a class or an argument is not there.
+    """
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(ImageClassifier, "model", subclass_mode=True)
     try:
         parsed = parser.parse_object({"model": config})
     except ArgumentError as error:
-        raise ValueError(f"{folder / 'config.yaml'} does not fit this version: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        return parser.instantiate_classes(parsed).model
+        raise ValueError(
+            f"{folder / 'config.yaml'} does not fit this version ({one_line(error)}): use the "
+            "version that trained it (attempts.yaml names its commit); classes of your own must be "
+            "on PYTHONPATH"
+        ) from error
+    return parser.instantiate_classes(parsed).model
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """Returns a device.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"there is no device {str(name)!r} ({reason}): use cpu") from error
+    return device
+
+
+def class_names(image_format: "ImageFormat", num_classes: int) -> list[str]:
+    """Returns the names of classes, or their numbers."""
+    return image_format.class_names or [str(number) for number in range(num_classes)]
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """Networks are built as training has built them, whatever the caller has made the default."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
