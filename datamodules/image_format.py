@@ -60,12 +60,8 @@ class ImageFormat:
         Raises:
             ValueError: the network takes neither grey nor coloured images, or `to_rgb` refuses.
         """
+        self.check_channels()
         channels, height, width = self.image_shape
-        if channels not in (GREY, RGB):
-            raise ValueError(
-                f"images of {channels} channels cannot be made of image files: give tensors, uint8 "
-                f"(N, {channels}, {height}, {width})"
-            )
         fits = self.fits(image)
         pixels = to_rgb(image)
         if channels == GREY:
@@ -77,6 +73,15 @@ class ImageFormat:
         elif pixels.size != (width, height):
             pixels = pixels.resize((width, height), Image.Resampling.NEAREST)
         return as_tensor(pixels).view(height, width, channels).permute(2, 0, 1)
+
+    def check_channels(self) -> None:
+        """Raises ValueError if the network takes neither grey nor coloured images."""
+        channels, height, width = self.image_shape
+        if channels not in (GREY, RGB):
+            raise ValueError(
+                f"images of {channels} channels cannot be made of image files: give tensors, uint8 "
+                f"(N, {channels}, {height}, {width})"
+            )
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Returns tensors and plain data."""

@@ -79,10 +79,11 @@ class ImagesToClassify(Dataset):
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: two paths lead to one folder.
+        ValueError: two paths lead to one folder, or the network takes no images of files.
     """
 
     def __init__(self, path: Path, image_format: ImageFormat):
+        image_format.check_channels()
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}: give an image or a folder of images")
         self.root = path.parent if path.is_file() else path
