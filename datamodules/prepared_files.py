@@ -105,12 +105,13 @@ class ImagesToClassify(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, str | None, bool]:
         """Returns the image uint8 (C, H, W), why there is none, and whether its size fits."""
+        path = os.fsdecode(self.paths[index])
         try:
-            with opened(os.fsdecode(self.paths[index])) as image:
+            with opened(path) as image:
                 return self.image_format.prepare(image), None, self.image_format.fits(image)
         except ValueError as error:
-            reason = " ".join(str(error.__cause__).split())
-            return None, readable(os.fsencode(reason)), True
+            reason = str(error.__cause__).replace(f" {path!r}", "")
+            return None, readable(os.fsencode(" ".join(reason.split()))), True
 
     def batches(self, batch_size: int, num_workers: int, pins: bool = False) -> DataLoader:
         """Returns what yields a `PreparedBatch` for so many files, decoded by worker processes.

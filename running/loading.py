@@ -337,7 +337,9 @@ def build_module(config: dict[str, Any], folder: Path) -> ImageClassifier:
             "version that trained it (attempts.yaml names its commit); classes of your own must be "
             "on PYTHONPATH"
         ) from error
-    return parser.instantiate_classes(parsed).model
+    # Its new name, and the one that jsonargparse had before 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parsed).model
 
 
 def check_device(name: str | torch.device) -> torch.device:

@@ -70,7 +70,7 @@ class PredictionFile:
 
     def __init__(self, path: Path, num_classes: int, overwrites: bool = False):
         if path.suffix not in (".csv", ".jsonl"):
-            raise ValueError(f"{path} ends neither in .csv nor in .jsonl: name one that does")
+            raise ValueError(f"{path} ends neither in .csv nor in .jsonl: pass another --out")
         self.path, self.overwrites = path, overwrites
         self.num_top = min(num_classes, NUM_TOP)
         self._refuse_existing("")
@@ -78,7 +78,7 @@ class PredictionFile:
         try:
             self._file = self._part.open("w", newline="", encoding="utf-8")
         except OSError as error:
-            raise OSError(f"cannot write {path} ({error.strerror}): name another file") from error
+            raise OSError(f"cannot write {path} ({error.strerror}): pass another --out") from error
         self._table = csv.writer(self._file)
         if path.suffix == ".csv":
             more = [f"{name}{k}" for k in range(2, self.num_top + 1) for name in MORE]
@@ -86,11 +86,9 @@ class PredictionFile:
 
     def _refuse_existing(self, remark: str) -> None:
         if self.path.is_dir():
-            raise ValueError(f"{self.path} is a folder: name a file")
+            raise ValueError(f"{self.path} is a folder: pass a file as --out")
         if self.path.exists() and not self.overwrites:
-            raise ValueError(
-                f"{self.path} exists{remark}: name another file, or let it be replaced"
-            )
+            raise ValueError(f"{self.path} exists{remark}: pass another --out, or --overwrite")
 
     def write(self, row: Prediction) -> None:
         name, prob = row.top[0] if row.top else (None, None)
@@ -134,8 +132,8 @@ class PredictionWriter(Callback):
 
     See `PredictionFile` for its columns. A `predict_step` may return the exit of each image, from
     1, beside the probabilities. Reads of the data module: `class_names`, and `predict_names`, one
-    name per image of this rank, in order; numbers stand for what it does not have. Labels are the
-    second part of a batch, if it has one; those below 0 are unknown.
+    name per image of this rank, in order; numbers stand for what it does not have. Labels (N,) are
+    the second part of a batch, if it has one; one that is no class is unknown.
     """
 
     def __init__(self) -> None:
@@ -158,8 +156,9 @@ class PredictionWriter(Callback):
         names = getattr(trainer.datamodule, "class_names", None) or list(numbers)
         taken = [None] * len(probs) if exits is None else exits.tolist()
         self.answers += zip(top_classes(probs, names), taken, strict=True)
-        labels = batch[1].tolist() if len(batch) > 1 else [-1] * len(batch[0])
-        self.labels += [names[label] if label >= 0 else None for label in labels]
+        known = dict(enumerate(names))
+        labels = batch[1].tolist() if len(batch) > 1 else [None] * len(batch[0])
+        self.labels += [known.get(label) for label in labels]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = getattr(trainer.datamodule, "predict_names", None)

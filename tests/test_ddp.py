@@ -48,7 +48,7 @@ def test_ranks_share_the_images_of_a_users_own_loader(tmp_path: Path) -> None:
     assert status == 0, output
     with (tmp_path / "run/predictions.csv").open(newline="") as file:
         predictions = list(csv.DictReader(file))
-    assert [row["image"] for row in predictions] == [str(number) for number in range(60)]
+    assert [row["file"] for row in predictions] == [str(number) for number in range(60)]
 
 
 def agreement(folder: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_two_ranks_predict_what_one_predicts(tmp_path: Path) -> None:
         status, output = launch.run(["predict", *COMMAND[1:], *arguments], tmp_path)
         assert status == 0, output
         with (tmp_path / "run/predictions.csv").open(newline="") as file:
-            answers.append([(row["image"], row["class"]) for row in csv.DictReader(file)])
+            answers.append([(row["file"], row["class"]) for row in csv.DictReader(file)])
     assert len(answers[0]) == 360
     assert answers[0] == answers[1]
 

@@ -357,7 +357,7 @@ def test_trunk_alone_uses_no_thresholds_of_others(trained, tmp_path: Path) -> No
     (point,) = rows(tmp_path / "operating_points.csv")
     assert point["name"] == "full"
     make_trainer(tmp_path).predict(trunk, **arguments)
-    assert "exit" not in rows(tmp_path / "predictions.csv")[0]
+    assert not rows(tmp_path / "predictions.csv")[0]["exit"]
 
 
 def test_stale_thresholds_warn(tmp_path: Path) -> None:
@@ -417,6 +417,7 @@ def test_predict_says_which_exit_answered(trained, tmp_path: Path) -> None:
         written = rows(tmp_path / "predictions.csv")
         assert [int(row["exit"]) for row in written] == (taken + 1).tolist()
         assert [int(row["class"]) for row in written] == logits.argmax(1).tolist()
+        assert {row["point"] for row in written} == {"adaptive" if given else "adaptive_lossless"}
     assert taken.unique().tolist() == [0, 1, 2]
 
 
@@ -426,7 +427,7 @@ def test_predict_at_a_constant_batch_size(limit: float, trained, tmp_path: Path)
     folder, module = trained
     data = DigitsDataModule(eval_batch_size=48)
     data.setup("test")
-    images, _ = all_of(data, "test")
+    images, labels = all_of(data, "test")
     images = images[: int(limit) * 48] if limit > 1 else images
     thresholds = [Categorical(logits=x).entropy().median().item() for x in module.net(images)[:2]]
     for _ in range(2):  # the second time with another stream
@@ -438,6 +439,7 @@ def test_predict_at_a_constant_batch_size(limit: float, trained, tmp_path: Path)
         written = rows(tmp_path / "predictions.csv")
         assert [int(row["exit"]) for row in written] == (taken + 1).tolist()
         assert [int(row["class"]) for row in written] == logits.argmax(1).tolist()
+        assert [int(row["label"]) for row in written] == labels[: len(images)].tolist()
         probs = torch.cat([probs for probs, _ in parts])
         torch.testing.assert_close(probs, logits.softmax(1), rtol=1e-4, atol=1e-6)
         assert fresh._stream is None
@@ -491,7 +493,7 @@ def test_without_validation_data_the_last_exit_answers(tmp_path: Path) -> None:
     assert names == ["exit1", "exit2", "full"]
     with pytest.warns(UserWarning, match="so no image leaves early: give exit_thresholds"):
         trainer.predict(module, datamodule=data)
-    assert "exit" not in rows(tmp_path / "predictions.csv")[0]
+    assert not rows(tmp_path / "predictions.csv")[0]["exit"]
 
 
 def test_confidence_is_a_criterion_too(tmp_path: Path) -> None:
