@@ -98,7 +98,8 @@ class PredictionFile:
             line = dict(zip(COLUMNS, first, strict=True)) | {"top": top}
             self._file.write(json.dumps(line) + "\n")
         else:
-            cells = [*first, *(cell for pair in row.top[1:] for cell in pair)]
+            top = row.top or [(None, None)] * self.num_top
+            cells = [*first, *(cell for pair in top[1:] for cell in pair)]
             self._table.writerow(map(harmless, cells))
 
     def __enter__(self) -> "PredictionFile":

@@ -426,6 +426,7 @@ def test_network_in_training_mode_is_refused(trained) -> None:
 def test_broken_weights_are_refused(trained) -> None:
     for method in ("resnet", "branchynet"):
         run = load_run(trained(method))
-        list(run.net.parameters())[-1].data[0] = torch.nan
-        with pytest.raises(FloatingPointError, match="not finite"):
-            run.point().classify(BYTES)
+        next(run.net.parameters()).data[0] = torch.nan
+        for point in ("full", *run.thresholds):
+            with pytest.raises(FloatingPointError, match="not finite"):
+                run.point(point).classify(BYTES)

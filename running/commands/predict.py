@@ -93,7 +93,9 @@ class Classification:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        quiet = not console.is_terminal  # a log has no use for a bar
+        with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
             bar = progress.add_task("", total=len(self.files), rate="")
             batches = self.batches(batch_size, num_workers)
             for answers in self.point.classify_stream(batches, batch_size):
