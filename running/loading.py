@@ -1,8 +1,11 @@
 """From the folder of a run to its network: weights, operating points, and what its answers mean.
 
-    run = load_run("runs/slimmable/digits_us/seed0")
+    from running import load_run
+
+    run = load_run("runs/slimmable/digits_us/seed0")  # its network, its weights, its points
     point = run.point("w0.5")
-    answers = point.classify(["a.png", "b.jpg"])
+    answers = point.classify(["a.png", "b.jpg"])  # or Pillow's images, or uint8 (N, C, H, W)
+    print([point.class_names[label] for label in answers.labels], answers.probabilities.amax(1))
 
 Nothing but the run folder is read. Classes of the user's own, named in its config.yaml, are
 imported from where Python finds them (PYTHONPATH). The network computes in float32, whatever
@@ -317,7 +320,7 @@ def check_content(checkpoint: dict[str, Any], path: Path) -> None:
     if "images" not in checkpoint:
         raise ValueError(
             f"{path} does not say what images it takes: it is of an older version of this project, "
-            "or of data that is none of its data modules"
+            "or its data module has no image_format (a datamodules.ImageFormat)"
         )
 
 

@@ -111,7 +111,11 @@ class PredictionFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # the disk is full, and what is left cannot be written
+            self._part.unlink()
+            raise
         if kind is not None:
             self._part.unlink()
             return

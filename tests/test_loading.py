@@ -1,8 +1,10 @@
 """From a run folder to a network that answers: the answers are those of the trained module."""
 
+import ast
 import random
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from test_cli import change, start_training
 from datamodules import DigitsDataModule, ImageFolderDataModule
 from lightning_modules import ImageClassifier
 from networks import early_exit
-from running import LoadedRun, load_run
+from running import LoadedRun, load_run, loading
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run", "--test_after_fit=false"]
 INIT = "model__init_args__"
@@ -250,6 +252,21 @@ def test_the_rule_of_the_run_selects_the_checkpoint(copied: Path) -> None:
     edit_config(copied, checkpoint__select="last")
     assert load_run(str(copied)).checkpoint.name == "last.ckpt"
     assert load_run(copied, "best", torch.device("cpu")).checkpoint.name == "best.ckpt"
+
+
+def test_the_lines_of_the_documentation_run(trained, tmp_path: Path, capsys, monkeypatch) -> None:
+    lines = textwrap.dedent(loading.__doc__.split("\n\n", 1)[1].split("\n\nNothing")[0])
+    run = trained("universally_slimmable")
+    for there, here in (("runs/slimmable/digits_us/seed0", str(run)), ("w0.5", "w0.6")):
+        assert lines.count(there) == 1
+        lines = lines.replace(there, here)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a.png", "b.jpg")):
+        Image.new("L", (32, 32), 99 * number).save(name)
+    exec(lines, {})
+    labels, probs = capsys.readouterr().out.split("] ")
+    assert set(ast.literal_eval(labels + "]")) <= set("0123456789")
+    assert probs.startswith("tensor([0.")
 
 
 NET = INIT + "net__"
