@@ -93,9 +93,9 @@ def survival_figure(experiment: Experiment) -> Figure | None:
 def exit_figures(experiment: Experiment) -> list[Figure]:
     """Returns who leaves where, and how right they are."""
     found = []
-    for column, title, caption in (
-        ("share", "Share of images that leave at each exit", "By point of thresholds."),
-        ("acc", "Accuracy of those who leave", "Of the images that leave at each exit."),
+    for column, label, title, caption in (
+        ("share", "share of images", "Who leaves at each exit", "By point of thresholds."),
+        ("acc", "accuracy", "How right those are who leave", "By exit and point of thresholds."),
     ):
         means = mean_rows(
             experiment.counted,
@@ -114,7 +114,7 @@ def exit_figures(experiment: Experiment) -> list[Figure]:
             .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
             .encode(
                 x=alt.X("exit:N", sort=exits, axis=alt.Axis(labelAngle=0)),
-                y=alt.Y("value:Q", title=column, axis=alt.Axis(format=".0%")).scale(
+                y=alt.Y("value:Q", title=label, axis=alt.Axis(format=".0%")).scale(
                     zero=column == "share"
                 ),
                 color=colour("point", points),
@@ -176,17 +176,18 @@ def thresholds_figure(experiment: Experiment) -> Figure | None:
     if not rows:
         return None
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    ticks = alt.Axis(format="~s", tickCount=6)
     chart = (
         alt.Chart(values(rows))
         .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=24, opacity=1))
         .encode(
-            x=alt.X("macs:Q", title="mean MACs per image", axis=alt.Axis(format="~s")).scale(
-                zero=False
-            ),
+            x=alt.X(
+                "macs:Q", title="mean MACs per image", axis=alt.Axis(format="~s", tickCount=6)
+            ).scale(zero=False),
             y=alt.Y("acc:Q", title="test accuracy", axis=alt.Axis(format=".1~%")).scale(zero=False),
             order="macs:Q",
-            color=colour("seed", seeds),
-            strokeDash=dash("seed", seeds),
+            color=colour("seed", seeds, "seed"),
+            strokeDash=dash("seed", seeds, "seed"),
             tooltip=[
                 "seed:N",
                 alt.Tooltip("acc:Q", title="accuracy", format=".2%"),

@@ -10,6 +10,8 @@ from reports.files import thinned
 from reports.style import INK, Figure, colour, dash, finished, shape, values
 
 Rows = list[dict[str, Any]]
+MAX_MARKS = 10
+"""Of a line by epoch: shapes that tell it from others."""
 MAX_NAMED = 12
 """Points of a figure that are named in it; of more, names would lie on each other."""
 FIXED = "the same width or exit for all images"
@@ -59,7 +61,7 @@ def ms_figure(
                 ms, accuracy = point.ms[device]
                 if ms.mean > 0:
                     rows.append(cost_row(experiment, point, ms, accuracy, ".3r"))
-    chart = cost_chart(rows, names, "ms per image (logarithmic)")
+    chart = cost_chart(rows, names, "ms per image (logarithmic)", "~r")
     name = f"accuracy_ms_{device}" if num_devices > 1 else "accuracy_ms"
     title = f"Accuracy against measured time, on {device}"
     caption = f"Milliseconds per image in batches of 64, as {device} has measured them."
@@ -97,7 +99,9 @@ def kind_of(point: PointSummary) -> str:
     return FIXED if family in ("full", "exit", "w") else family
 
 
-def cost_chart(rows: Rows, names: Sequence[str], title: str) -> dict[str, Any] | None:
+def cost_chart(
+    rows: Rows, names: Sequence[str], title: str, tick: str = "~s"
+) -> dict[str, Any] | None:
     """Returns a curve per experiment, error bars and the Pareto front; None without points."""
     if not rows:
         return None
@@ -105,9 +109,7 @@ def cost_chart(rows: Rows, names: Sequence[str], title: str) -> dict[str, Any] |
     for row, is_on_front in zip(rows, fronts, strict=True):
         row["front"] = is_on_front
     rows = sorted(rows, key=lambda row: row["cost"])
-    shown = [name for name in names if any(row["experiment"] == name for row in rows)]
-    kinds = [FIXED, *sorted({row["kind"] for row in rows} - {FIXED})]
-    x = alt.X("cost:Q", title=title, axis=alt.Axis(format="~s", tickCount=5)).scale(
+    x = alt.X("cost:Q", title=title, axis=alt.Axis(format=tick, grid=False)).scale(
         type="log", nice=False, padding=18
     )
     y = alt.Y("acc:Q", title="test accuracy", axis=alt.Axis(format=".1~%")).scale(zero=False)
@@ -117,6 +119,8 @@ def cost_chart(rows: Rows, names: Sequence[str], title: str) -> dict[str, Any] |
         .mark_line(interpolate="step-after", stroke="#cfcfcf", strokeWidth=7, opacity=0.75)
         .encode(order="cost:Q")
     )
+    shown = [name for name in names if any(row["experiment"] == name for row in rows)]
+    kinds = [FIXED, *sorted({row["kind"] for row in rows} - {FIXED})]
     line = base.mark_line(strokeWidth=1.8, opacity=0.85).encode(
         color=colour("experiment", shown),
         strokeDash=dash("kind", kinds) if len(kinds) > 1 else alt.Undefined,
@@ -128,25 +132,28 @@ def cost_chart(rows: Rows, names: Sequence[str], title: str) -> dict[str, Any] |
         y2="high:Q",
         color=colour("experiment", shown),
     )
-    points = base.mark_point(filled=True, size=95, opacity=1).encode(
+    layers = [front, line, bars, cost_points(base, shown, title, rows[0]["style"])]
+    if len(rows) <= MAX_NAMED:
+        layers.append(base.mark_text(dy=-12, fontSize=11, color=INK).encode(text="point:N"))
+    return finished(alt.layer(*layers, data=values(rows)))
+
+
+def cost_points(base: alt.Chart, shown: Sequence[str], title: str, style: str) -> alt.Chart:
+    """Returns the operating points, those of the Pareto front with a black rim."""
+    return base.mark_point(filled=True, size=110, opacity=1, strokeWidth=1).encode(
         color=colour("experiment", shown),
         shape=shape("experiment", shown),
-        stroke=alt.condition("datum.front", alt.value("black"), alt.value("white")),
+        stroke=alt.condition("datum.front", alt.value("black"), alt.value(None)),
         tooltip=[
             alt.Tooltip("experiment:N"),
             alt.Tooltip("point:N"),
             alt.Tooltip("acc:Q", title="accuracy", format=".2%"),
             alt.Tooltip("std:N", title="std over seeds"),
-            alt.Tooltip("cost:Q", title=title.split(" (")[0], format=rows[0]["style"]),
+            alt.Tooltip("cost:Q", title=title.split(" (")[0], format=style),
             alt.Tooltip("seeds:N"),
             alt.Tooltip("kind:N"),
         ],
     )
-    layers = [front, line, bars, points]
-    if len(rows) <= MAX_NAMED:
-        names_of_points = base.mark_text(dy=-12, fontSize=11, color=INK).encode(text="point:N")
-        layers.append(names_of_points)
-    return finished(alt.layer(*layers, data=values(rows)))
 
 
 def history_figure(
@@ -184,10 +191,9 @@ def line_chart(
     lines = base.mark_line(strokeWidth=1.8).encode(
         strokeDash=dash("of", parts) if parts != [""] else alt.Undefined
     )
-    # Where a hand or a mouse finds them; dots are seen while there are few.
-    is_short = max(row["epoch"] for row in rows) <= 40
-    dots = base.mark_point(filled=True, size=30, opacity=1 if is_short else 0).encode(
-        shape=shape("experiment", shown),
+    marks = base.transform_filter("datum.mark").mark_point(filled=True, size=45, opacity=1)
+    marks = marks.encode(shape=shape("experiment", shown))
+    hover = base.mark_point(filled=True, size=120, opacity=0).encode(
         tooltip=[
             alt.Tooltip("experiment:N", title=title),
             *([alt.Tooltip("of:N")] if parts != [""] else []),
@@ -196,15 +202,16 @@ def line_chart(
             alt.Tooltip("seeds:Q", title="number of seeds"),
         ],
     )
-    return finished(alt.layer(lines, dots, data=values(rows)), 300)
+    return finished(alt.layer(lines, marks, hover, data=values(rows)), 300)
 
 
 def curve_rows(experiment: Experiment, metric: str, of: str) -> Rows:
-    curve = mean_curve(experiment.one_a_seed, metric)
+    curve = thinned(list(mean_curve(experiment.one_a_seed, metric).items()))
+    step = max(1, len(curve) // MAX_MARKS)
     return [
         {"experiment": experiment.name, "of": of, "epoch": epoch + 1}
-        | {"value": value.mean, "seeds": value.count}
-        for epoch, value in thinned(list(curve.items()))
+        | {"value": value.mean, "seeds": value.count, "mark": i % step == 0}
+        for i, (epoch, value) in enumerate(curve)
     ]
 
 

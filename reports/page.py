@@ -96,8 +96,9 @@ def _section(anchor: str, section: Section, specs: dict[str, Any]) -> str:
     parts = [
         f'<section id="{anchor}"><h2>{escape(section.data)}</h2>',
         f"<ul>{lines}</ul>",
-        _points(section.experiments),
         _figures(anchor, section.figures, specs),
+        "<h3>Operating points</h3>",
+        _points(section.experiments),
         "<h3>Each experiment</h3>" if details else "",
         details,
         *(f'<p class="soft">{escape(note)}</p>' for note in section.notes),

@@ -1,6 +1,7 @@
 """What is the same in every page: its looks, and what draws its figures."""
 
 import re
+from functools import cache
 
 import altair as alt
 import vl_convert
@@ -41,8 +42,10 @@ tbody th span {{ font-weight: 400; color: var(--soft); display: block; font-size
 tr.front td:first-child::after {{ content: " \\25C6"; color: var(--blue); }}
 tr.broken td:nth-child(2) {{ color: #a63c00; font-weight: 600; }}
 td.text {{ min-width: 11rem; }}
+.points td:first-child {{ white-space: nowrap; overflow-wrap: normal; }}
 .figures {{ display: grid; gap: 28px 36px; margin-top: 1.2rem;
            grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }}
+.figures > :first-child:nth-last-child(odd) {{ grid-column: 1 / -1; }}
 figure {{ margin: 0; min-width: 0; }}
 figcaption b {{ font-weight: 600; }}
 figcaption p {{ margin: 0 0 .5rem; line-height: 1.45; }}
@@ -95,6 +98,7 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 """The version that altair writes, as vl_convert names it."""
 
 
+@cache
 def libraries() -> str:
     """Returns Vega, Vega-Lite and Vega-Embed as one script that may stand in HTML."""
     script = vl_convert.javascript_bundle(vl_version=VEGA_LITE)

@@ -11,6 +11,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 DASHES = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [12, 4])
 # No two of these lengths have a common divisor, so that pairs repeat after 7 * 6 names, not 7.
+DASH_SIZE = 500
+"""Of a line in a legend, its length squared: a dash must fit in it."""
 INK, FAINT = "#1a1a1a", "#8c8c8c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 WIDTH, HEIGHT = 620, 340
@@ -56,18 +58,19 @@ def shape(field: str, names: Sequence[str], title: str | None = None) -> alt.Sha
 
 
 def dash(field: str, names: Sequence[str], title: str | None = None) -> alt.StrokeDash:
-    return alt.StrokeDash(f"{field}:N", title=title, legend=legend()).scale(
+    return alt.StrokeDash(f"{field}:N", title=title, legend=legend(DASH_SIZE)).scale(
         domain=list(names), range=_cycle(DASHES, len(names))
     )
 
 
-def legend() -> alt.Legend:
+def legend(symbol_size: int = 90) -> alt.Legend:
     """Returns a legend below the figure, in as many columns as there is room for."""
     return alt.Legend(
         orient="bottom",
         columns=alt.ExprRef("width > 640 ? 3 : width > 420 ? 2 : 1"),
         labelLimit=290,
         symbolLimit=42,
+        symbolSize=symbol_size,
         titleLimit=290,
     )
 
@@ -79,6 +82,7 @@ def finished(chart: alt.TopLevelMixin, height: int = HEIGHT) -> dict[str, Any]:
         height=height,
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
         background="white",
+        padding={"left": 4, "top": 6, "right": 14, "bottom": 4},
     ).configure(
         font=FONT,
         view=alt.ViewConfig(stroke=None),
@@ -92,14 +96,24 @@ def finished(chart: alt.TopLevelMixin, height: int = HEIGHT) -> dict[str, Any]:
             domainColor=FAINT,
             tickColor=FAINT,
             gridColor="#e6e6e6",
-            labelOverlap=True,
+            labelOverlap="greedy",
+            labelSeparation=6,
             labelLimit=140,
         ),
         legend=alt.LegendConfig(
-            labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, symbolSize=90
+            labelColor=INK,
+            titleColor=INK,
+            labelFontSize=12,
+            titleFontSize=12,
+            symbolOpacity=1,
         ),
     )
-    return chart.to_dict()
+    spec = chart.to_dict()
+    # Legends one below the other: side by side, a phone shows the first alone. Vega-Lite hands this
+    # to Vega, and altair's schema does not know it.
+    layout = {"bottom": {"direction": "vertical", "anchor": "start", "margin": 6}}
+    spec["config"]["legend"]["layout"] = layout
+    return spec
 
 
 def _cycle(choices: Sequence[Any], length: int) -> list[Any]:
