@@ -14,7 +14,7 @@ from reports.aggregate import Experiment, mean_rows
 from reports.figures import curve_rows, line_chart
 from reports.files import Row, number
 from reports.run_record import RunRecord
-from reports.style import INK, Figure, colour, dash, finished, shape, values
+from reports.style import INK, Figure, colour, dash, finished, shape
 
 MAX_CLASSES = 100
 """Of a confusion matrix: with more, a cell is less than a dot."""
@@ -86,7 +86,7 @@ def survival_figure(experiment: Experiment) -> Figure | None:
         tooltip=["block:Q", alt.Tooltip("of:N"), alt.Tooltip("value:Q", format=".2%")],
     )
     caption = "The probability p_l of each block, and the share of steps in which it was open."
-    chart = finished(alt.layer(lines, dots, data=values(rows)), 260)
+    chart = finished(alt.layer(lines, dots), rows, 260)
     return Figure("survival", "Survival of each block", caption, chart)
 
 
@@ -110,7 +110,7 @@ def exit_figures(experiment: Experiment) -> list[Figure]:
         exits = list(dict.fromkeys(row["exit"] for row in rows))
         points = list(dict.fromkeys(row["point"] for row in rows))
         chart = (
-            alt.Chart(values(rows))
+            alt.Chart()
             .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
             .encode(
                 x=alt.X("exit:N", sort=exits, axis=alt.Axis(labelAngle=0)),
@@ -123,7 +123,7 @@ def exit_figures(experiment: Experiment) -> list[Figure]:
                 tooltip=["point:N", "exit:N", alt.Tooltip("value:Q", format=".2%")],
             )
         )
-        found.append(Figure(f"exit_{column}", title, caption, finished(chart, 260)))
+        found.append(Figure(f"exit_{column}", title, caption, finished(chart, rows, 260)))
     return found
 
 
@@ -145,9 +145,9 @@ def entropy_figure(experiment: Experiment) -> Figure | None:
         for (low, high, name), count in sorted(counts.items())
     ]
     last = max(row["to"] for row in rows)
-    ends = [{**row, "from": last} for row in rows if row["to"] == last]
+    rows += [{**row, "from": last} for row in rows if row["to"] == last]
     chart = (
-        alt.Chart(values(rows + ends))
+        alt.Chart()
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             x=alt.X("from:Q", title="entropy (nats)"),
@@ -157,7 +157,7 @@ def entropy_figure(experiment: Experiment) -> Figure | None:
         )
     )
     caption = "Histogram over all test images: 0 is certainty, the right end a uniform guess."
-    return Figure("exit_entropy", "Entropy at each exit", caption, finished(chart, 260))
+    return Figure("exit_entropy", "Entropy at each exit", caption, finished(chart, rows, 260))
 
 
 def _exit_names(experiment: Experiment) -> list[str]:
@@ -178,12 +178,10 @@ def thresholds_figure(experiment: Experiment) -> Figure | None:
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     ticks = alt.Axis(format="~s", tickCount=6)
     chart = (
-        alt.Chart(values(rows))
+        alt.Chart()
         .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=24, opacity=1))
         .encode(
-            x=alt.X(
-                "macs:Q", title="mean MACs per image", axis=alt.Axis(format="~s", tickCount=6)
-            ).scale(zero=False),
+            x=alt.X("macs:Q", title="mean MACs per image", axis=ticks).scale(zero=False),
             y=alt.Y("acc:Q", title="test accuracy", axis=alt.Axis(format=".1~%")).scale(zero=False),
             order="macs:Q",
             color=colour("seed", seeds, "seed"),
@@ -196,7 +194,7 @@ def thresholds_figure(experiment: Experiment) -> Figure | None:
         )
     )
     caption = "Test accuracy and mean cost as the thresholds move from strict to loose."
-    return Figure("exit_curve", "Curve of thresholds", caption, finished(chart, 260))
+    return Figure("exit_curve", "Curve of thresholds", caption, finished(chart, rows, 260))
 
 
 def recalibration_figure(experiment: Experiment) -> Figure | None:
@@ -216,7 +214,7 @@ def recalibration_figure(experiment: Experiment) -> Figure | None:
     widths = list(dict.fromkeys(row["width"] for row in rows))
     origins = list(dict.fromkeys(row["origin"] for row in rows))
     chart = (
-        alt.Chart(values(rows))
+        alt.Chart()
         .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
         .encode(
             x=alt.X("width:N", sort=widths, axis=alt.Axis(labelAngle=0)),
@@ -229,7 +227,7 @@ def recalibration_figure(experiment: Experiment) -> Figure | None:
     )
     caption = "With the BN statistics of the widest, and recalibrated on so many training images."
     title = "Widths before and after recalibration"
-    return Figure("recalibration", title, caption, finished(chart, 260))
+    return Figure("recalibration", title, caption, finished(chart, rows, 260))
 
 
 def confusion_figure(experiment: Experiment, notes: list[str]) -> Figure | None:
@@ -271,7 +269,7 @@ def confusion_figure(experiment: Experiment, notes: list[str]) -> Figure | None:
         layers.append(base.mark_text(fontSize=11).encode(text="images:Q", color=ink))
     height = max(240, min(560, 26 * len(classes)))
     caption = f"Images by true and predicted class, at the point {point}, over all seeds."
-    chart = finished(alt.layer(*layers, data=values(rows)), height)
+    chart = finished(alt.layer(*layers), rows, height)
     return Figure("confusion", "Confusion matrix", caption, chart)
 
 
@@ -326,7 +324,7 @@ def _tiles(rows: list[dict[str, Any]], run: RunRecord) -> Figure:
     names = base.mark_text(dy=29, fontSize=10, limit=70).encode(
         text="label:N", color=alt.condition("datum.is_right", alt.value(INK), alt.value("#B34700"))
     )
-    chart = finished(alt.layer(images, names, data=values(rows)), 76 * len(order))
+    chart = finished(alt.layer(images, names), rows, 76 * len(order))
     seed = "" if run.seed is None else f" (seed {run.seed})"
     caption = f"Test images that each exit was most and least sure of, with its answer{seed}."
     return Figure("exit_images", "Easiest and hardest images of each exit", caption, chart)

@@ -7,7 +7,7 @@ import altair as alt
 
 from reports.aggregate import Experiment, Measured, PointSummary, mean_curve, pareto_front
 from reports.files import thinned
-from reports.style import INK, Figure, colour, dash, finished, shape, values
+from reports.style import DASH_SIZE, INK, Figure, colour, dash, finished, shape
 
 Rows = list[dict[str, Any]]
 MAX_MARKS = 10
@@ -122,27 +122,32 @@ def cost_chart(
     shown = [name for name in names if any(row["experiment"] == name for row in rows)]
     kinds = [FIXED, *sorted({row["kind"] for row in rows} - {FIXED})]
     line = base.mark_line(strokeWidth=1.8, opacity=0.85).encode(
-        color=colour("experiment", shown),
-        strokeDash=dash("kind", kinds) if len(kinds) > 1 else alt.Undefined,
+        color=colour("experiment", shown, None, names),
+        strokeDash=dash("kind", kinds, None, DASH_SIZE) if len(kinds) > 1 else alt.Undefined,
         detail="kind:N",
         order="cost:Q",
     )
     bars = base.mark_rule(strokeWidth=1.5).encode(
         y=alt.Y("low:Q", title="test accuracy").scale(zero=False),
         y2="high:Q",
-        color=colour("experiment", shown),
+        color=colour("experiment", shown, None, names),
     )
-    layers = [front, line, bars, cost_points(base, shown, title, rows[0]["style"])]
+    layers = [front, line, bars]
     if len(rows) <= MAX_NAMED:
         layers.append(base.mark_text(dy=-12, fontSize=11, color=INK).encode(text="point:N"))
-    return finished(alt.layer(*layers, data=values(rows)))
+    # Above all others, so that a mouse finds them.
+    points = cost_points(base, title, rows[0]["style"])
+    points = points.encode(
+        color=colour("experiment", shown, None, names),
+        shape=shape("experiment", shown, None, names),
+    )
+    layers.append(points)
+    return finished(alt.layer(*layers), rows)
 
 
-def cost_points(base: alt.Chart, shown: Sequence[str], title: str, style: str) -> alt.Chart:
+def cost_points(base: alt.Chart, title: str, style: str) -> alt.Chart:
     """Returns the operating points, those of the Pareto front with a black rim."""
     return base.mark_point(filled=True, size=110, opacity=1, strokeWidth=1).encode(
-        color=colour("experiment", shown),
-        shape=shape("experiment", shown),
         stroke=alt.condition("datum.front", alt.value("black"), alt.value(None)),
         tooltip=[
             alt.Tooltip("experiment:N"),
@@ -185,14 +190,14 @@ def line_chart(
     base = alt.Chart().encode(
         x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)).scale(nice=False),
         y=y,
-        color=colour("experiment", shown),
+        color=colour("experiment", shown, None, names),
     )
     parts = list(dict.fromkeys(row["of"] for row in rows))
     lines = base.mark_line(strokeWidth=1.8).encode(
-        strokeDash=dash("of", parts) if parts != [""] else alt.Undefined
+        strokeDash=dash("of", parts, None, DASH_SIZE) if parts != [""] else alt.Undefined
     )
     marks = base.transform_filter("datum.mark").mark_point(filled=True, size=45, opacity=1)
-    marks = marks.encode(shape=shape("experiment", shown))
+    marks = marks.encode(shape=shape("experiment", shown, None, names))
     hover = base.mark_point(filled=True, size=120, opacity=0).encode(
         tooltip=[
             alt.Tooltip("experiment:N", title=title),
@@ -202,7 +207,7 @@ def line_chart(
             alt.Tooltip("seeds:Q", title="number of seeds"),
         ],
     )
-    return finished(alt.layer(lines, marks, hover, data=values(rows)), 300)
+    return finished(alt.layer(lines, marks, hover), rows, 300)
 
 
 def curve_rows(experiment: Experiment, metric: str, of: str) -> Rows:

@@ -19,7 +19,7 @@ h1 {{ font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01
 h2 {{ font-size: 1.5rem; margin: 3rem 0 .6rem; padding-top: 1rem; border-top: 2px solid var(--ink);
      letter-spacing: -.01em; }}
 h3 {{ font-size: 1.05rem; margin: 2.2rem 0 .6rem; }}
-h2, h3, p, li, td, th, summary {{ overflow-wrap: anywhere; }}
+h2, h3, p, li, tbody th, td.text, summary {{ overflow-wrap: anywhere; }}
 p {{ margin: .4rem 0; max-width: 75ch; }}
 ul {{ margin: .4rem 0 1rem; padding-left: 1.2rem; max-width: 85ch; }}
 .soft, figcaption p {{ color: var(--soft); font-size: .875rem; }}
@@ -41,8 +41,8 @@ tbody th {{ background: #f5f6f7; border-top: 1px solid var(--line); font-weight:
 tbody th span {{ font-weight: 400; color: var(--soft); display: block; font-size: .8125rem; }}
 tr.front td:first-child::after {{ content: " \\25C6"; color: var(--blue); }}
 tr.broken td:nth-child(2) {{ color: #a63c00; font-weight: 600; }}
-td.text {{ min-width: 11rem; }}
-.points td:first-child {{ white-space: nowrap; overflow-wrap: normal; }}
+td {{ white-space: nowrap; }}
+td.text {{ white-space: normal; min-width: 10rem; }}
 .figures {{ display: grid; gap: 28px 36px; margin-top: 1.2rem;
            grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }}
 .figures > :first-child:nth-last-child(odd) {{ grid-column: 1 / -1; }}

@@ -11,8 +11,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 DASHES = ([1, 0], [7, 3], [2, 2], [8, 3, 2, 3], [12, 4])
 # No two of these lengths have a common divisor, so that pairs repeat after 7 * 6 names, not 7.
-DASH_SIZE = 500
-"""Of a line in a legend, its length squared: a dash must fit in it."""
+SYMBOL_SIZE, DASH_SIZE = 90, 500
+"""In a legend, squared: of a shape, and of a line that must hold a dash."""
 INK, FAINT = "#1a1a1a", "#8c8c8c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 WIDTH, HEIGHT = 620, 340
@@ -40,34 +40,39 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:80] or "unnamed"
 
 
-def values(rows: Sequence[dict[str, Any]]) -> alt.Data:
-    return alt.Data(values=list(rows))
-
-
-def colour(field: str, names: Sequence[str], title: str | None = None) -> alt.Color:
-    """Returns a colour for each name, the same ones whatever else is shown."""
+def colour(
+    field: str, names: Sequence[str], title: str | None = None, among: Sequence[str] = ()
+) -> alt.Color:
+    """Returns a colour for each name: its own `among` more names, whichever of them are shown."""
+    colours = _of(OKABE_ITO, names, among)
     return alt.Color(f"{field}:N", title=title, legend=legend()).scale(
-        domain=list(names), range=_cycle(OKABE_ITO, len(names))
+        domain=list(names), range=colours
     )
 
 
-def shape(field: str, names: Sequence[str], title: str | None = None) -> alt.Shape:
+def shape(
+    field: str, names: Sequence[str], title: str | None = None, among: Sequence[str] = ()
+) -> alt.Shape:
+    """Returns a shape for each name; see `colour`."""
     return alt.Shape(f"{field}:N", title=title, legend=legend()).scale(
-        domain=list(names), range=_cycle(SHAPES, len(names))
+        domain=list(names), range=_of(SHAPES, names, among)
     )
 
 
-def dash(field: str, names: Sequence[str], title: str | None = None) -> alt.StrokeDash:
-    return alt.StrokeDash(f"{field}:N", title=title, legend=legend(DASH_SIZE)).scale(
-        domain=list(names), range=_cycle(DASHES, len(names))
+def dash(
+    field: str, names: Sequence[str], title: str | None = None, symbol_size: int = SYMBOL_SIZE
+) -> alt.StrokeDash:
+    """Returns a dash for each name; where dashes alone tell names apart, with `DASH_SIZE`."""
+    return alt.StrokeDash(f"{field}:N", title=title, legend=legend(symbol_size)).scale(
+        domain=list(names), range=_of(DASHES, names)
     )
 
 
-def legend(symbol_size: int = 90) -> alt.Legend:
+def legend(symbol_size: int = SYMBOL_SIZE) -> alt.Legend:
     """Returns a legend below the figure, in as many columns as there is room for."""
     return alt.Legend(
         orient="bottom",
-        columns=alt.ExprRef("width > 640 ? 3 : width > 420 ? 2 : 1"),
+        columns=alt.ExprRef("width > 700 ? 3 : width > 460 ? 2 : 1"),
         labelLimit=290,
         symbolLimit=42,
         symbolSize=symbol_size,
@@ -75,8 +80,10 @@ def legend(symbol_size: int = 90) -> alt.Legend:
     )
 
 
-def finished(chart: alt.TopLevelMixin, height: int = HEIGHT) -> dict[str, Any]:
-    """Returns the specification of a chart, in this project's looks."""
+def finished(
+    chart: alt.TopLevelMixin, rows: list[dict[str, Any]], height: int = HEIGHT
+) -> dict[str, Any]:
+    """Returns the specification of a chart over rows, in this project's looks."""
     chart = chart.properties(
         width="container",
         height=height,
@@ -108,7 +115,10 @@ def finished(chart: alt.TopLevelMixin, height: int = HEIGHT) -> dict[str, Any]:
             symbolOpacity=1,
         ),
     )
-    spec = chart.to_dict()
+    # altair would compare every row with its schema, which takes longer than all the rest.
+    spec = chart.to_dict(validate=False) | {"data": {"values": rows}}
+    for layer in spec.get("layer", ()):
+        layer.pop("data", None)  # altair says that they have none, which hides that of the whole
     # Legends one below the other: side by side, a phone shows the first alone. Vega-Lite hands this
     # to Vega, and altair's schema does not know it.
     layout = {"bottom": {"direction": "vertical", "anchor": "start", "margin": 6}}
@@ -116,5 +126,6 @@ def finished(chart: alt.TopLevelMixin, height: int = HEIGHT) -> dict[str, Any]:
     return spec
 
 
-def _cycle(choices: Sequence[Any], length: int) -> list[Any]:
-    return [choices[i % len(choices)] for i in range(length)]
+def _of(choices: Sequence[Any], names: Sequence[str], among: Sequence[str] = ()) -> list[Any]:
+    places = {name: i for i, name in enumerate(among or names)}
+    return [choices[places[name] % len(choices)] for name in names]

@@ -208,6 +208,19 @@ def test_an_old_run_lacks_what_is_new_and_nothing_else(tmp_path: Path) -> None:
     assert "ECE" not in html
 
 
+def test_an_experiment_keeps_its_colour_in_every_figure(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "resnet", gpu="NVIDIA H200", accelerator="gpu")
+    make_run(tmp_path / "b", "slimmable")
+    colours = set()
+    for spec in specs(report(tmp_path, out=tmp_path / "out")).values():
+        for layer in spec.get("layer", ()):
+            channel = layer["encoding"].get("color", {})
+            if channel.get("field") == "experiment" and "w0.25" not in str(channel):
+                scale = channel["scale"]
+                colours |= set(zip(scale["domain"], scale["range"], strict=True))
+    assert len(colours) == 2
+
+
 def test_many_classes_are_told_instead_of_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "resnet", classes=[f"c{i}" for i in range(101)])
     html = report(folder, out=tmp_path / "out")

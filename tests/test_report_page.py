@@ -4,6 +4,7 @@ Screenshots lie in the folder that the variable REPORT_SCREENSHOTS names, else i
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ from reports import write_report
 pytestmark = pytest.mark.browser
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 SIZES = "places => places.map(place => place.querySelector('svg')?.getBoundingClientRect().width)"
+
+MARKS = """places => places.map(place => [...place.querySelectorAll(
+    ".mark-symbol path, .mark-line path, .mark-rect path, .mark-image image"
+)].map(mark => mark.getBoundingClientRect()).filter(box => box.width + box.height > 2).length)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,7 @@ def test_every_figure_is_drawn(visit: Visit) -> None:
     widths = visit.charts.evaluate_all(SIZES)
     assert len(widths) > 40
     assert min(widths) > 200
+    assert min(visit.charts.evaluate_all(MARKS)) > 0
     titles = visit.page.locator("figcaption b").all_text_contents()
     for title in (
         *("Accuracy against MACs per image", "Accuracy against parameters"),
@@ -96,14 +103,19 @@ def test_every_figure_is_drawn(visit: Visit) -> None:
 
 def test_hover_names_the_point(visit: Visit) -> None:
     chart = visit.page.locator(".chart[data-spec$=accuracy_macs]").first
-    point = chart.locator("g.mark-symbol.role-mark path").first
-    point.scroll_into_view_if_needed()
-    point.hover(force=True)
+    chart.evaluate("chart => chart.scrollIntoView({block: 'center'})")  # not below the headline
+    points = chart.locator("g.mark-symbol.role-mark path")
     tooltip = visit.page.locator("#vg-tooltip-element.visible")
-    tooltip.wait_for(timeout=10_000)
-    words = tooltip.inner_text()
-    for word in ("msdnet/cifar", "exit1", "accuracy", "MACs", "seeds"):
-        assert word in words
+    seen = []
+    for i in range(points.count()):
+        points.nth(i).hover(force=True)
+        tooltip.wait_for(timeout=10_000)
+        seen.append(" ".join(tooltip.inner_text().split()))
+    assert len(seen) == 8
+    for experiment, point in (("slimmable/cifar", "w0.25"), ("msdnet/cifar", "budget_exit2")):
+        start = f"experiment {experiment} point {point} accuracy "
+        (words,) = [each for each in seen if each.startswith(start)]
+        assert re.search(r"accuracy [\d.]+% .* MACs per image [\d.]+M seeds 0 ", words)
 
 
 def test_nothing_is_wider_than_the_window(visit: Visit) -> None:
