@@ -56,7 +56,7 @@ details {{ border-top: 1px solid var(--line); padding: .7rem 0; }}
 summary {{ cursor: pointer; font-weight: 600; }}
 footer {{ margin: 3rem 0 2rem; }}
 #vg-tooltip-element {{ font: 13px/1.4 {FONT} !important; color: var(--ink) !important;
-                      max-width: min(340px, 90vw); overflow-wrap: anywhere; }}
+                      pointer-events: none; max-width: min(340px, 90vw); overflow-wrap: anywhere; }}
 @media (max-width: 640px) {{
   main, header, nav div {{ padding-left: 16px; padding-right: 16px; }}
   header {{ padding-top: 24px; }}
