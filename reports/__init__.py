@@ -1,1 +1,34 @@
 """Tables and pictures over operating points and run folders."""
+
+from reports.aggregate import Experiment, Measured, PointSummary, experiments_of, pareto_front
+from reports.find import find_runs, is_run_folder
+from reports.history import History
+from reports.report import run_figures, write_report
+from reports.run_record import PointResult, RunRecord, read_run
+from reports.state import BROKEN, EMPTY, FINISHED, RESUMABLE, RUNNING, is_locked
+from reports.tables import age, progress, states
+
+__all__ = [
+    "BROKEN",
+    "EMPTY",
+    "FINISHED",
+    "RESUMABLE",
+    "RUNNING",
+    "Experiment",
+    "History",
+    "Measured",
+    "PointResult",
+    "PointSummary",
+    "RunRecord",
+    "age",
+    "experiments_of",
+    "find_runs",
+    "is_locked",
+    "is_run_folder",
+    "pareto_front",
+    "progress",
+    "read_run",
+    "run_figures",
+    "states",
+    "write_report",
+]
