@@ -31,7 +31,7 @@ from running.commands import LOOKING
 from running.folder import RunFolder, check_evaluated, check_trained
 from running.machine import Machine, check_tasks
 from running.predictions import PredictionWriter
-from running.result import AGAIN, RESULT, OperatingPoints, show_points
+from running.result import OperatingPoints, result_files, show_points
 from running.tracking import Tracking
 
 
@@ -200,7 +200,7 @@ class ExperimentCLI(LightningCLI):
                 print(
                     f"finished already: {folder.path}; pass --run_dir or another seed for a new run"
                 )
-                show_points(folder.path / RESULT)
+                show_points(result_files(folder.path, again=False)[0])
             return
         try:
             self.train(ckpt_path)
@@ -266,12 +266,13 @@ class ExperimentCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, SampledTestImages):
                 callback.again = again
-        path = self.run_folder.path / (AGAIN if again else RESULT)
+        files = result_files(self.run_folder.path, again)
         if self.trainer.is_global_zero:
-            path.unlink(missing_ok=True)  # a test of no batches would leave that of another
+            for path in files:
+                path.unlink(missing_ok=True)  # a test of no batches would leave that of another
         self.trainer.test(self.model, self.datamodule, ckpt_path=checkpoint, verbose=False)
         if self.trainer.is_global_zero:
-            show_points(path)
+            show_points(files[0])
 
     def predict(self, ckpt_path: str | None) -> None:
         """Writes `predictions.csv`."""
