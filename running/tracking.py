@@ -6,13 +6,17 @@ import sys
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from running import wandb_logger
+from running.arguments import one_line
 from running.environment import environment
 from running.wandb_file import can_be_uploaded
 from running.wandb_logger import FaultTolerantWandbLogger
@@ -32,6 +36,7 @@ class Tracking:
         entity: user or team; None is the default of the account.
         mode: "auto" is online for a user who is logged in and offline for others; it never asks.
         tags: tags of the run.
+        log_checkpoints: keep the checkpoint that is tested as an artifact, at the end.
 
     Raises:
         ValueError: W&B would refuse the project or WANDB_MODE.
@@ -41,6 +46,7 @@ class Tracking:
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     tags: list[str] | None = None
+    log_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         forbidden = " ".join(character for character in "/\\#?%:" if character in self.project)
@@ -178,10 +184,54 @@ def put_aside_unreadable(folder: Path, but: Collection[str] = ()) -> None:
             )
 
 
+def trackers_of(loggers: list[Logger]) -> list[FaultTolerantWandbLogger]:
+    return [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
+
+
+@rank_zero_only
+def show_finished(loggers: list[Logger], folder: Path, checkpoint: Path | None) -> None:
+    """Gives W&B the figures of a finished run, and a checkpoint if there is one to keep.
+
+    What goes wrong is said: the run is finished, and stays so.
+    """
+    for tracker in trackers_of(loggers):
+        try:
+            tracker.log_metrics(figures(folder))
+        except Exception as error:  # of a library that draws; whatever it is, the run is whole
+            rank_zero_warn(
+                f"W&B gets no figures of {folder}, as drawing them failed ({one_line(error)}): the "
+                f"run is whole; python main.py report {folder} tries again"
+            )
+        try:
+            if checkpoint is not None:
+                tracker.log_checkpoint(checkpoint)
+        except Exception as error:
+            rank_zero_warn(f"W&B does not keep {checkpoint} ({one_line(error)}): the file is whole")
+        tracker.flush()
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Returns the figures that a report has of a run, as W&B shows them."""
+    import wandb
+    from PIL import Image
+
+    from reports import run_figures  # slow, like the others
+
+    pictures = run_figures(folder).items()
+    return {f"report/{name}": wandb.Image(Image.open(BytesIO(png))) for name, png in pictures}
+
+
 def describe_wandb(loggers: list[Logger], folder: Path) -> list[str]:
     """Returns a line that says how to look at the run in W&B; none if it is not tracked."""
-    trackers = [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
+    trackers = trackers_of(loggers)
     writing = [Path(one.experiment.settings.sync_dir).name for one in trackers if not one.is_lost]
     put_aside_unreadable(folder, but=writing)
     urls = (None if one.experiment.offline else one.experiment.url for one in trackers)
-    return [f"W&B: {url or f'wandb sync {folder}/wandb/offline-run-*'}" for url in urls]
+    return [f"W&B: {url or describe_offline(folder)}" for url in urls]
+
+
+def describe_offline(folder: Path) -> str:
+    """Says how to upload a run and, where this version of W&B can do that, how to look at it."""
+    upload = f"wandb sync {folder}/wandb/offline-run-*"
+    has_viewer = find_spec("wandb.cli.leet") is not None
+    return f"{upload} uploads it" + f", wandb leet {folder}/wandb shows it here" * has_viewer

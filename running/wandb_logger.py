@@ -50,7 +50,7 @@ class FaultTolerantWandbLogger(WandbLogger):
         import wandb  # slow
 
         artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model")
-        artifact.add_file(str(path), policy="immutable")
+        artifact.add_file(str(path))  # a copy: a run that goes on changes the file
         self._tell(lambda: self.experiment.log_artifact(artifact, aliases=[path.stem]))
 
     def _tell(self, what: Callable[[], object]) -> None:

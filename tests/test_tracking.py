@@ -231,7 +231,7 @@ def test_unreadable_attempts_are_put_aside(
         copy = shutil.copytree(attempt, attempt.with_name(f"offline-run-0-{name}"))
         (copy / file.name).write_bytes(short)
     attempt.with_name("offline-run-0-none").mkdir()
-    line = f"W&B: wandb sync {tmp_path}/run/wandb/offline-run-*"
+    line = f"W&B: {describe_offline(tmp_path / 'run')}"
     assert describe_wandb([logger], tmp_path / "run") == [line]
     assert attempts(tmp_path) == [attempt.with_name("offline-run-0-cut"), attempt]
     assert {path.name for path in attempt.parent.glob("unreadable-*")} == {
