@@ -21,7 +21,9 @@ class Paper:
     def __post_init__(self) -> None:
         for point, accuracy in self.test_acc.items():
             if not 0 <= accuracy <= 1:
-                remedy = f", as in {accuracy / 100:.6g} for {accuracy:g}%" if 1 < accuracy <= 100 else ""
+                remedy = (
+                    f", as in {accuracy / 100:.6g} for {accuracy:g}%" if 1 < accuracy <= 100 else ""
+                )
                 raise ValueError(
                     f"paper.test_acc.{point} is {accuracy}: give an accuracy from 0 to 1{remedy}"
                 )

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from running import wandb_logger
 from running.arguments import one_line
 from running.environment import environment
-from running.wandb_file import can_be_uploaded
+from running.wandb_file import can_be_uploaded, cut_half_record
 from running.wandb_logger import FaultTolerantWandbLogger
 
 MODES = {"online", "offline", "disabled", "shared", "dryrun", "run"}
@@ -124,7 +124,7 @@ def _init(
 ) -> Any:
     import wandb  # slow, and not every command tracks
 
-    put_aside_unreadable(folder)
+    repair_attempts(folder)
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, a third of its default
     id_file = folder / "wandb_id"
     sweep = current_sweep()
@@ -164,22 +164,31 @@ def _settings() -> Any:
     return settings
 
 
-def put_aside_unreadable(folder: Path, but: Collection[str] = ()) -> None:
-    """Renames what attempts have left that were killed before W&B wrote down which run it is.
+def repair_attempts(folder: Path, but: Collection[str] = ()) -> None:
+    """Makes `wandb sync` upload all that attempts have left that were killed while W&B wrote.
 
-    One such folder, and `wandb sync` uploads none of those that it is given.
+    One that does not even say which run it is of is renamed: with it, `wandb sync` uploads none of
+    those that it is given. Of half a record at the end of a file, see `cut_half_record`.
 
     Args:
         folder: of the run.
         but: names of those to leave alone, since an attempt still writes there.
     """
     for path in sorted((folder / "wandb").glob("offline-run-*")):
-        if path.name not in but and not can_be_uploaded(path):
+        if path.name in but:
+            continue
+        if not can_be_uploaded(path):
             aside = path.with_name(path.name.replace("offline", "unreadable", 1))
             path.rename(aside)
             print(
                 f"W&B: {path} holds nothing to upload, as its attempt was killed too early: "
                 f"renamed to {aside.name}",
+                file=sys.stderr,
+            )
+        elif any([cut_half_record(file) for file in path.glob("*.wandb")]):
+            print(
+                f"W&B: {path} ended within a record, as its attempt was killed: that is left out, "
+                "so that all others can be uploaded",
                 file=sys.stderr,
             )
 
@@ -222,16 +231,16 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def describe_wandb(loggers: list[Logger], folder: Path) -> list[str]:
-    """Returns a line that says how to look at the run in W&B; none if it is not tracked."""
+    """Returns lines that say how to look at the run in W&B; none if it is not tracked."""
     trackers = trackers_of(loggers)
     writing = [Path(one.experiment.settings.sync_dir).name for one in trackers if not one.is_lost]
-    put_aside_unreadable(folder, but=writing)
-    urls = (None if one.experiment.offline else one.experiment.url for one in trackers)
-    return [f"W&B: {url or describe_offline(folder)}" for url in urls]
-
-
-def describe_offline(folder: Path) -> str:
-    """Says how to upload a run and, where this version of W&B can do that, how to look at it."""
-    upload = f"wandb sync {folder}/wandb/offline-run-*"
-    has_viewer = find_spec("wandb.cli.leet") is not None
-    return f"{upload} uploads it" + f", wandb leet {folder}/wandb shows it here" * has_viewer
+    repair_attempts(folder, but=writing)
+    lines = []
+    for tracker in trackers:
+        if tracker.experiment.offline:
+            lines.append(f"W&B: wandb sync {folder}/wandb/offline-run-*")
+            if find_spec("wandb.cli.leet"):  # not in every version
+                lines.append(f"W&B in this terminal: wandb leet {folder}/wandb")
+        else:
+            lines.append(f"W&B: {tracker.experiment.url}")
+    return lines
