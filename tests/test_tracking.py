@@ -174,6 +174,7 @@ def summary(attempt: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_wandb_shows_the_whole_run(tmp_path: Path) -> None:
     """Killed and resumed: one run, with panels, numbers of every point, and its checkpoint."""
     environment = experiment(tmp_path, callbacks=None)
