@@ -204,9 +204,8 @@ class ExperimentCLI(LightningCLI):
         folder.check_trained(self.config_dump, self.complete)
         if folder.is_finished(trainer, self.datamodule, test):
             if rank_zero_only.rank == 0:
-                print(
-                    f"finished already: {folder.path}; pass --run_dir or another seed for a new run"
-                )
+                there = f"finished already: {folder.path}"
+                print(f"{there}; pass --run_dir or another seed for a new run")
                 show_points(result_files(folder.path, again=False)[0])
             return
         try:
@@ -220,8 +219,7 @@ class ExperimentCLI(LightningCLI):
             self.run_test(self.checkpoint.selected(trainer), again=not is_result)
         folder.mark_finished(trainer, tested=test and is_result)
         keeps = self.config_init.fit.wandb.log_checkpoints
-        kept = self.checkpoint.selected(trainer) if keeps else None
-        show_finished(trainer.loggers, folder.path, kept)
+        show_finished(trainer, keeps and self.checkpoint.selected)
         if trainer.is_global_zero:
             print(folder.describe(trainer.loggers))
         # Ranks with nothing to write wait here: a scheduler may give the last process little time.

@@ -4,13 +4,14 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -198,12 +199,17 @@ def trackers_of(loggers: list[Logger]) -> list[FaultTolerantWandbLogger]:
 
 
 @rank_zero_only
-def show_finished(loggers: list[Logger], folder: Path, checkpoint: Path | None) -> None:
-    """Gives W&B the figures of a finished run, and a checkpoint if there is one to keep.
+def show_finished(trainer: Trainer, select: Callable[[Trainer], Path] | Literal[False]) -> None:
+    """Gives W&B the figures of a finished run.
 
     What goes wrong is said: the run is finished, and stays so.
+
+    Args:
+        trainer: has the loggers, and the folder of the run.
+        select: which checkpoint W&B shall keep, too; False if none.
     """
-    for tracker in trackers_of(loggers):
+    folder = Path(trainer.default_root_dir)
+    for tracker in trackers_of(trainer.loggers):
         try:
             tracker.log_metrics(figures(folder))
         except Exception as error:  # of a library that draws; whatever it is, the run is whole
@@ -212,10 +218,10 @@ def show_finished(loggers: list[Logger], folder: Path, checkpoint: Path | None) 
                 f"run is whole; python main.py report {folder} tries again"
             )
         try:
-            if checkpoint is not None:
-                tracker.log_checkpoint(checkpoint)
+            if select:
+                tracker.log_checkpoint(select(trainer))
         except Exception as error:
-            rank_zero_warn(f"W&B does not keep {checkpoint} ({one_line(error)}): the file is whole")
+            rank_zero_warn(f"W&B keeps no checkpoint of {folder}, which has it ({one_line(error)})")
         tracker.flush()
 
 
