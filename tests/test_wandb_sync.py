@@ -110,8 +110,9 @@ def test_all_attempts_are_uploaded_as_one_run(
             repair_attempts(tmp_path)
     attempts = [str(path) for path in sorted(tmp_path.glob("wandb/offline-run-*"))]
     url = f"http://127.0.0.1:{server.server_port}"
-    account = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4}
-    subprocess.run(["wandb", "sync", *attempts], env=os.environ | account, check=True, timeout=120)
+    environment = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4}
+    command = ["wandb", "sync", *attempts]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
     rows = server.RequestHandlerClass.rows
     assert [row["value"] for row in rows] == [0, 1, 2, 4, 5, 6]
     assert [row["_step"] for row in rows] == list(range(6))
