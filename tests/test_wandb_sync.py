@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from running.tracking import Tracking, open_wandb, repair_attempts
+from running.tracking import Tracking, open_wandb
 from running.wandb_logger import _teardown
 
 BUCKET = {"id": "bucket", "name": "run", "displayName": "run", "config": "{}"}
@@ -107,7 +107,6 @@ def test_all_attempts_are_uploaded_as_one_run(
         _teardown()
         if not values[0]:
             file.write_bytes(content[:-3])
-            repair_attempts(tmp_path)
     attempts = [str(path) for path in sorted(tmp_path.glob("wandb/offline-run-*"))]
     url = f"http://127.0.0.1:{server.server_port}"
     environment = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4}
