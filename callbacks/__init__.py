@@ -3,7 +3,7 @@
 from callbacks.bn_recalibration import BNRecalibration
 from callbacks.exit_statistics import ExitStatistics
 from callbacks.gradient_magnitude import GradientMagnitudeLogger
-from callbacks.outlets import Column, Table, log_metrics, log_panels
+from callbacks.outlets import Column, Table, class_names, log_metrics, log_panels
 from callbacks.recalibration_sweep import RecalibrationSweep
 from callbacks.sampled_images import SampledTestImages
 from callbacks.survival_probability import SurvivalProbabilityLogger
@@ -19,6 +19,7 @@ __all__ = [
     "SurvivalProbabilityLogger",
     "Table",
     "ThroughputMonitor",
+    "class_names",
     "log_metrics",
     "log_panels",
     "peak_flops",

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.exit_images import write_exit_images
 from callbacks.outlets import Column, Table, log_metrics, log_panels
 from callbacks.sampled_images import SampledTestImages
 from networks import (
@@ -16,7 +17,6 @@ from networks import (
     CapturedInference,
     EarlyExit,
     early_exit,
-    exits_taken,
     time_points,
 )
 
@@ -46,6 +46,9 @@ class ExitStatistics(SampledTestImages):
         exit_curve.csv       accuracy against mean MACs for the module's curve of thresholds
         exit_curve_speed.csv accuracy against measured milliseconds per image, in a batch of 64, for
                              at most 43 points of the curve
+        exit_images.csv      the 8 images that each exit was surest of, and the 8 it was least sure
+                             of, of those that leave there; in `exit_images` as PNG. With several
+                             processes, of the images of the first
         exit_speed.csv       each operating point against the trunk alone; also printed
 
     The last, as the paper has it, is about one image at a time: accuracy, MACs and milliseconds per
@@ -56,7 +59,8 @@ class ExitStatistics(SampledTestImages):
     Where the module's `capture` says so, exits and trunk are recorded for it.
 
     Reads of the module: `capture`, `net`, `exit_names`, `has_early_exits`, `exit_criterion`,
-    `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `measure()`.
+    `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `test_answers`, `measure()`,
+    `exits_taken()`; of the data module: `load_eval()`, `class_names`.
 
     Raises:
         ValueError: the module has no exits.
@@ -107,6 +111,7 @@ class ExitStatistics(SampledTestImages):
         }
         for name, table in tables.items():
             table.write(self.path(trainer, name))
+        write_exit_images(trainer, pl_module, self.num_tested, self.path(trainer, "exit_images"))
         tables["exit_speed"].show("early exit, one image at a time")
         log_panels(trainer, lambda wandb: panels(wandb, names, curve, curve_speed, histogram))
 
@@ -116,7 +121,7 @@ def exit_shares(
 ) -> list[tuple[float, float | None]]:
     """Returns for each exit the share of the images that leave there, and their accuracy."""
     outputs = module.exit_outputs
-    taken = exits_taken(outputs.scores, thresholds, module.exit_criterion)
+    taken = module.exits_taken(thresholds)
     shares = []
     for index in range(outputs.correct.shape[1]):
         here = taken == index
@@ -185,7 +190,7 @@ def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     rows: list[tuple] = [("trunk", None, accuracy, costs.trunk, 1.0, ms["trunk"], 1.0)]
     for point, thresholds in module.exit_thresholds.items():
         accuracy, macs = module.measure(thresholds)
-        taken = exits_taken(module.exit_outputs.scores, thresholds, criterion)
+        taken = module.exits_taken(thresholds)
         free = torch.tensor(costs.without_branches, dtype=torch.float64)[taken].mean().item()
         sides = ("run", macs, ms[point]), ("free", free, ms[f"{point}, free"])
         for branches, cost, time in sides:

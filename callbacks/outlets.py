@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ class Column(NamedTuple):
     """Heading on the terminal."""
     format: str = ""
     """How a number is shown there, as in ``format(number, ".2%")``; "" for text."""
+    is_extra: bool = False
+    """Whether it is left out there where the table would not fit."""
 
 
 class Table:
@@ -48,29 +51,46 @@ class Table:
 
     @classmethod
     def read(cls, path: Path, columns: Sequence[Column]) -> "Table":
-        """Reads a CSV file that has these columns, all of them numbers but those without format."""
+        """Reads those of the columns that a CSV file has, without format as text."""
         with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            there = [column for column in columns if column.key in (reader.fieldnames or [])]
             rows = [
-                [float(row[key]) if style else row[key] for key, _, style in columns]
-                for row in csv.DictReader(file)
+                [float(row[c.key]) if c.format and row[c.key] else row[c.key] for c in there]
+                for row in reader
             ]
-        return cls(columns, rows)
+        return cls(there, rows)
 
     def show(self, title: str) -> None:
         """Prints the table."""
+        console = Console()
+        table = self._to_rich(title, self.columns)
+        unlimited = console.options.update(max_width=sys.maxsize)
+        if console.measure(table, options=unlimited).maximum > console.width:
+            table = self._to_rich(title, [each for each in self.columns if not each.is_extra])
+        console.print(table)
+
+    def _to_rich(self, title: str, shown: Sequence[Column]) -> RichTable:
         table = RichTable(title=title)
-        for column in self.columns:
+        for column in shown:
             table.add_column(column.title, justify="right" if column.format else "left")
         for row in self.rows:
-            cells = zip(self.columns, row, strict=True)
-            table.add_row(*("" if cell is None else format(cell, c.format) for c, cell in cells))
-        Console().print(table)
+            cells = [pair for pair in zip(self.columns, row, strict=True) if pair[0] in shown]
+            texts = ("" if each in (None, "") else format(each, c.format) for c, each in cells)
+            table.add_row(*texts)
+        return table
 
     def to_wandb(self) -> Any:
         """Returns the same as a `wandb.Table`."""
         import wandb  # slow to import, and only those who log to it pay
 
         return wandb.Table(columns=self.keys, data=self.rows)
+
+
+def class_names(trainer: Trainer, num_classes: int) -> Sequence[str | int]:
+    """Returns what the data calls its classes; numbers, if it has no name for each of them."""
+    names = getattr(trainer.datamodule, "class_names", None) or ()
+    return names if len(names) == num_classes else range(num_classes)
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -24,6 +24,7 @@ class SampledTestImages(Callback):
     """
 
     again = False
+    num_tested = 0
 
     def __init__(self, num_images: int):
         self.num_images = num_images
@@ -40,8 +41,9 @@ class SampledTestImages(Callback):
         if not trainer.is_global_zero:
             return
         if batch_idx == 0:
-            self._samples = []
+            self._samples, self.num_tested = [], 0
         images = batch[0]
+        self.num_tested += len(images)
         share = max(1, math.ceil(self.num_images / trainer.num_test_batches[0]))
         # A copy, which does not keep the rest of the batch in memory.
         self._samples.append(images[:: max(1, len(images) // share)][:share].clone())

@@ -14,8 +14,8 @@ class SurvivalProbabilityLogger(Callback):
     """Logs p_l and the survival rate of each block, and how many blocks were active.
 
     Every epoch: `stochastic_depth/active_blocks` (mean over the epoch's steps) beside
-    `stochastic_depth/expected_active_blocks`. In W&B, and as `survival.csv` in the run folder:
-    survival probability and survival rate so far of every block.
+    `stochastic_depth/expected_active_blocks`, and in `survival.csv` of the run folder survival
+    probability and survival rate so far of every block. In W&B that is a plot, at the end of a fit.
 
     Reads of the module: `survival_probs`, and `gates`, those of the latest step, (L,) or (L, N).
 
@@ -59,26 +59,18 @@ class SurvivalProbabilityLogger(Callback):
         self.epoch_active, self.epoch_steps = 0.0, 0
         log_metrics(trainer, means)
         if trainer.is_global_zero:
-            self.log_blocks(trainer, pl_module.survival_probs)
+            self.blocks(pl_module).write(Path(trainer.default_root_dir, "survival.csv"))
 
-    def log_blocks(self, trainer: Trainer, survival_probs: list[float]) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.num_steps:
+            log_panels(trainer, lambda wandb: panels(wandb, self.blocks(pl_module)))
+
+    def blocks(self, module: LightningModule) -> Table:
+        """Returns survival probability and survival rate so far of every block."""
         rates = (self.open_gates / self.num_steps).tolist()
-        blocks = list(range(1, len(rates) + 1))
-        columns = ["block", "survival_prob", "survival_rate"]
-        rows = zip(blocks, survival_probs, rates, strict=True)
-        Table(columns, rows).write(Path(trainer.default_root_dir, "survival.csv"))
-
-        def panels(wandb: Any) -> dict[str, Any]:
-            lines = wandb.plot.line_series(
-                xs=blocks,
-                ys=[survival_probs, rates],
-                keys=columns[1:],
-                title="survival of each block",
-                xname="block",
-            )
-            return {"stochastic_depth/survival": lines}
-
-        log_panels(trainer, panels)
+        numbers = range(1, len(rates) + 1)
+        rows = zip(numbers, module.survival_probs, rates, strict=True)
+        return Table(("block", "survival_prob", "survival_rate"), rows)
 
     def state_dict(self) -> dict[str, Any]:
         # Not vars(self): Lightning hangs methods of the module on every callback.
@@ -91,3 +83,16 @@ class SurvivalProbabilityLogger(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
+
+
+def panels(wandb: Any, table: Table) -> dict[str, Any]:
+    """Returns a plot of survival probability and rate against the number of the block."""
+    blocks, *lines = zip(*table.rows, strict=True)
+    plot = wandb.plot.line_series(
+        xs=blocks,
+        ys=lines,
+        keys=table.keys[1:],
+        title="survival of each block",
+        xname="block",
+    )
+    return {"stochastic_depth/survival": plot}

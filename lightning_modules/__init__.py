@@ -1,5 +1,6 @@
 """One method per file: the training step, and how the trained network is evaluated."""
 
+from lightning_modules.answers import PointAnswers
 from lightning_modules.base import ImageClassifier, sgd
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
@@ -29,6 +30,7 @@ __all__ = [
     "LitUniversallySlimmable",
     "LossNotFinite",
     "MultiExitClassifier",
+    "PointAnswers",
     "WarmupMultiStepLR",
     "accuracy_name",
     "sgd",

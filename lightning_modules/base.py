@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from chance import key_to_seed
+from lightning_modules.answers import PointAnswers, gather_points
 from lightning_modules.fitting import check_data, check_same_network
 from lightning_modules.losses import LossWatch, stopped
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
@@ -51,6 +52,7 @@ class ImageClassifier(pl.LightningModule):
     Attributes:
         capture: how training steps run the network; the machine's matter, set before they do.
         open_gates: see `CapturedNetwork`.
+        test_answers: of every operating point, those of the latest test, all ranks together.
     """
 
     open_gates: Sequence[float] | None = None
@@ -74,6 +76,8 @@ class ImageClassifier(pl.LightningModule):
         self.capture: Capture = "none"
         self._recorded: dict[str, CapturedNetwork] = {}
         self.losses = LossWatch()
+        self.test_answers: dict[str, PointAnswers] = {}
+        self._answers: list[dict[str, PointAnswers]] = []  # of the batches of the present test
 
         # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
         # dict.
@@ -315,15 +319,24 @@ class ImageClassifier(pl.LightningModule):
             self.log(name, value, prog_bar=name == accuracy_name("val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.eval_step(batch)
+        if batch_idx == 0:
+            self._answers = []  # of a test that has failed
+        points = self.eval_step(batch).items()
+        self._answers.append({name: PointAnswers.of(logits, batch[1]) for name, logits in points})
 
     def on_test_epoch_end(self) -> None:
         metrics = self.finish_evaluation("test")
+        self.test_answers = self.gather_answers()
         self.log_dict(metrics, logger=False)
         # Lightning's own step and epoch depend on whether training was resumed before this test.
         for logger in self.loggers:
             values = {name: value.item() for name, value in metrics.items()}
             logger.log_metrics(values, step=self.global_step)
+
+    def gather_answers(self) -> dict[str, PointAnswers]:
+        """Returns the test's answers of every operating point; see `test_answers`."""
+        batches, self._answers = self._answers, []
+        return gather_points(batches, self.trainer.world_size)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns class probabilities, (N, num_classes).

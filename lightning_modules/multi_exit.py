@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_modules.answers import PointAnswers, choose_exits
 from lightning_modules.base import (
     Batch,
     Cost,
@@ -169,11 +170,14 @@ class MultiExitClassifier(ImageClassifier):
 
     def measure(self, thresholds: Sequence[float]) -> tuple[float, float]:
         """Returns accuracy and mean MACs of thresholds over the latest evaluation's images."""
-        outputs = self.exit_outputs
-        taken = exits_taken(outputs.scores, thresholds, self.exit_criterion)
-        right = outputs.correct.gather(1, taken[:, None]).double().mean()
+        taken = self.exits_taken(thresholds)
+        right = self.exit_outputs.correct.gather(1, taken[:, None]).double().mean()
         macs = torch.tensor(self.exit_costs.leaving, dtype=torch.float64)[taken].mean()
         return right.item(), macs.item()
+
+    def exits_taken(self, thresholds: Sequence[float]) -> Tensor:
+        """Returns the exit, from 0, that each image of the latest evaluation takes, (N,)."""
+        return exits_taken(self.exit_outputs.scores, thresholds, self.exit_criterion)
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -220,6 +224,15 @@ class MultiExitClassifier(ImageClassifier):
             own, ranks = ranks[0], [None] * self.trainer.world_size
             torch.distributed.all_gather_object(ranks, own)
         self.exit_outputs = join_outputs(ranks)
+
+    def gather_answers(self) -> dict[str, PointAnswers]:
+        answers = super().gather_answers()
+        exits = [answers[name] for name in self.exit_names]
+        adaptive = {
+            name: choose_exits(exits, self.exits_taken(thresholds))
+            for name, thresholds in self.exit_thresholds.items()
+        }
+        return answers | adaptive
 
     def on_test_start(self) -> None:
         self._warn_about_thresholds()

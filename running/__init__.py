@@ -7,6 +7,7 @@ from running.command_line import main
 from running.folder import RunFolder
 from running.history import CSVHistory
 from running.loading import Classified, LoadedRun, Point, load_run
+from running.paper import Paper
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
@@ -21,6 +22,7 @@ __all__ = [
     "FaultTolerantWandbLogger",
     "LoadedRun",
     "OperatingPoints",
+    "Paper",
     "Point",
     "PredictionWriter",
     "RunCheckpoint",

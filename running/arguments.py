@@ -220,6 +220,11 @@ def one_line(error: Exception) -> str:
     message = re.sub(
         r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", "", message
     )
+    message = re.sub(
+        r"Parser key \"paper\": (Problem with given class_path 'running.Paper': )?",
+        "paper takes source, a text, and test_acc, accuracies by operating point: ",
+        message,
+    )
     message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)
     message = re.sub(r"\. Got value: Namespace\(.*", "", message)
     message = re.sub(r" - Not a valid subclass of Callback.*", "", message)

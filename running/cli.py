@@ -30,9 +30,10 @@ from running.checkpoint_io import AtomicCheckpointIO
 from running.commands import LOOKING
 from running.folder import RunFolder, check_evaluated, check_trained
 from running.machine import Machine, check_tasks
+from running.paper import Paper
 from running.predictions import PredictionWriter
-from running.result import AGAIN, RESULT, OperatingPoints, show_points
-from running.tracking import Tracking
+from running.result import OperatingPoints, result_files, show_points
+from running.tracking import Tracking, show_finished
 
 
 class ExperimentCLI(LightningCLI):
@@ -91,6 +92,12 @@ class ExperimentCLI(LightningCLI):
             type=bool,
             default=True,
             help="Whether fit ends with one evaluation of the test set.",
+        )
+        parser.add_argument(
+            "--paper",
+            type=Paper | None,
+            default=None,
+            help="What a paper reports, for reports to compare with; decides nothing.",
         )
         parser.add_class_arguments(RunCheckpoint, "checkpoint")
         parser.add_class_arguments(Tracking, "wandb")
@@ -185,7 +192,7 @@ class ExperimentCLI(LightningCLI):
            configuration and the attempt.
         7. Trains. After a warning, or when max_time is over, it saves and leaves.
         8. Tests the selected checkpoint, unless told not to.
-        9. Marks the run as finished, and prints the result and where it is.
+        9. Marks the run as finished, gives W&B its figures, and prints where it is.
         """
         preemption.listen()
         # Lightning would install a handler of SIGTERM that talks to the other ranks, wherever they
@@ -197,10 +204,9 @@ class ExperimentCLI(LightningCLI):
         folder.check_trained(self.config_dump, self.complete)
         if folder.is_finished(trainer, self.datamodule, test):
             if rank_zero_only.rank == 0:
-                print(
-                    f"finished already: {folder.path}; pass --run_dir or another seed for a new run"
-                )
-                show_points(folder.path / RESULT)
+                there = f"finished already: {folder.path}"
+                print(f"{there}; pass --run_dir or another seed for a new run")
+                show_points(result_files(folder.path, again=False)[0])
             return
         try:
             self.train(ckpt_path)
@@ -212,6 +218,8 @@ class ExperimentCLI(LightningCLI):
         if test:
             self.run_test(self.checkpoint.selected(trainer), again=not is_result)
         folder.mark_finished(trainer, tested=test and is_result)
+        keeps = self.config_init.fit.wandb.log_checkpoints
+        show_finished(trainer, keeps and self.checkpoint.selected)
         if trainer.is_global_zero:
             print(folder.describe(trainer.loggers))
         # Ranks with nothing to write wait here: a scheduler may give the last process little time.
@@ -266,12 +274,13 @@ class ExperimentCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, SampledTestImages):
                 callback.again = again
-        path = self.run_folder.path / (AGAIN if again else RESULT)
+        files = result_files(self.run_folder.path, again)
         if self.trainer.is_global_zero:
-            path.unlink(missing_ok=True)  # a test of no batches would leave that of another
+            for path in files:
+                path.unlink(missing_ok=True)  # a test of no batches would leave that of another
         self.trainer.test(self.model, self.datamodule, ckpt_path=checkpoint, verbose=False)
         if self.trainer.is_global_zero:
-            show_points(path)
+            show_points(files[0])
 
     def predict(self, ckpt_path: str | None) -> None:
         """Writes `predictions.csv`."""

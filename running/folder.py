@@ -9,7 +9,8 @@ What it holds:
     metrics.csv            see `running.CSVHistory`
     wandb_id wandb/        the W&B run that every attempt continues
     operating_points.csv   the result; `test` writes operating_points_again.csv
-    survival.csv exit*.csv recalibration.csv predictions.csv   see `callbacks`
+    class_accuracy.csv confusion.csv   see `running.OperatingPoints`
+    survival.csv exit*.csv exit_images/ recalibration.csv predictions.csv   see `callbacks`
     finished.yaml          where training stopped, and whether it was tested
     lock                   held while a process trains here
 """

@@ -1,34 +1,45 @@
-"""The result of a run: each operating point with its accuracy and its costs."""
+"""The result of a run: each operating point with what is measured of it, and its costs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
 
-from callbacks import Column, SampledTestImages, Table, log_panels
+from callbacks import Column, SampledTestImages, Table, class_names, log_panels
 from lightning_modules import accuracy_name
 from networks import NUM_TIMED_ROUNDS, TIMED_BATCH_SIZE, time_points
+from running.wandb_logger import FaultTolerantWandbLogger
 
-NAME = "operating_points"
-RESULT, AGAIN = f"{NAME}.csv", f"{NAME}_again.csv"
+FILES = NAME, CLASSES, CONFUSION = "operating_points", "class_accuracy", "confusion"
 COLUMNS = (
     Column("name", "name"),
-    Column("test_acc", "test accuracy", ".2%"),
+    Column("test_acc", "accuracy", ".2%"),
     Column("macs", "MACs", ",.0f"),
     Column("params", "parameters", ",.0f"),
-    Column("ms_per_image", "ms per image", ".3f"),
+    Column("ms_per_image", "ms/image", ".3f"),
+    Column("test_top5", "top-5", ".2%", is_extra=True),
+    Column("ece", "ECE", ".3f", is_extra=True),
 )
 
 
 class OperatingPoints(SampledTestImages):
     """After a test, measures every operating point of the module and tells it everywhere.
 
-    Writes `operating_points.csv` in the run folder, or `operating_points_again.csv` (see
-    `SampledTestImages`), and logs a W&B table. `show_points` prints either. Time is that of batches
-    of 64 images.
+    Writes in the run folder, in files whose names end in `_again` if `SampledTestImages` says so:
 
-    Reads of the module: `operating_points()`, `costs()`, and the accuracies that it logs.
+        operating_points.csv  accuracies, costs and expected calibration error (see `PointAnswers`);
+                              top-5 accuracy if there are more than 5 classes
+        class_accuracy.csv    accuracy of every point on the images of each class
+        confusion.csv         how many images of a class were taken for which, where there are any
+
+    `show_points` prints the first. In W&B: a table of it, and in the run's summary
+    `point/<name>/<column>`, by which runs can be compared. Time is that of batches of 64 images.
+
+    Reads of the module: `operating_points()`, `costs()`, `test_answers`, `net.num_classes`, and the
+    accuracies that it logs; of the data module: `class_names`, for which numbers stand in.
     """
 
     def __init__(self) -> None:
@@ -44,14 +55,57 @@ class OperatingPoints(SampledTestImages):
         with trainer.precision_plugin.forward_context():
             milliseconds = time_points(points, images.split(TIMED_BATCH_SIZE))
             costs = pl_module.costs(images[:1])
+        answers, num_classes = pl_module.test_answers, pl_module.net.num_classes
+        columns = [each for each in COLUMNS if each.key != "test_top5" or num_classes > 5]
         rows = []
         for name in points:
             accuracy = trainer.callback_metrics[accuracy_name("test", name)].item()
             macs, params = costs[name]
-            rows.append((name, accuracy, round(macs), params, milliseconds[name]))
-        table = Table(COLUMNS, rows)
+            row = [name, accuracy, round(macs), params, milliseconds[name]]
+            top5 = [answers[name].top5] if num_classes > 5 else []
+            rows.append([*row, *top5, answers[name].ece])
+        table = Table(columns, rows)
         table.write(self.path(trainer, NAME))
-        log_panels(trainer, lambda wandb: panels(wandb, table))
+        names = class_names(trainer, num_classes)
+        confusions = {name: answers[name].confusion(num_classes) for name in points}
+        class_accuracies(confusions, names).write(self.path(trainer, CLASSES))
+        confusion_table(confusions, names).write(self.path(trainer, CONFUSION))
+        tell_wandb(trainer, table)
+
+
+def class_accuracies(confusions: Mapping[str, Tensor], names: Sequence[Any]) -> Table:
+    """Returns the accuracy of every point on the images of each class; empty without images."""
+    rows = []
+    for point, confusion in confusions.items():
+        counts, right = confusion.sum(1).tolist(), confusion.diag().tolist()
+        rows += [
+            (point, names[label], number, right[label] / number if number else None)
+            for label, number in enumerate(counts)
+        ]
+    return Table(("point", "class", "num_images", "acc"), rows)
+
+
+def confusion_table(confusions: Mapping[str, Tensor], names: Sequence[Any]) -> Table:
+    """Returns, by point, true and predicted class, the numbers of images that are not 0."""
+    rows = [
+        (point, names[true], names[predicted], confusion[true, predicted].item())
+        for point, confusion in confusions.items()
+        for true, predicted in confusion.nonzero().tolist()
+    ]
+    return Table(("point", "true", "predicted", "num_images"), rows)
+
+
+def tell_wandb(trainer: Trainer, table: Table) -> None:
+    """Gives W&B the operating points, as a table and as numbers in the run's summary."""
+    log_panels(trainer, lambda wandb: panels(wandb, table))
+    numbers = {
+        f"point/{name}/{key}": value
+        for name, *values in table.rows
+        for key, value in zip(table.keys[1:], values, strict=True)
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, FaultTolerantWandbLogger):
+            logger.summarize(numbers)
 
 
 def panels(wandb: Any, table: Table) -> dict[str, Any]:
@@ -64,7 +118,12 @@ def panels(wandb: Any, table: Table) -> dict[str, Any]:
     return {NAME: content, "acc_against_macs": curve}
 
 
+def result_files(folder: Path, again: bool) -> list[Path]:
+    """Returns the files that a test writes, that of `show_points` first."""
+    return [folder / f"{name}{'_again' if again else ''}.csv" for name in FILES]
+
+
 def show_points(path: Path) -> None:
     """Prints the operating points that a file holds; nothing if nothing was tested."""
     if path.exists():
-        Table.read(path, COLUMNS).show("operating points")
+        Table.read(path, COLUMNS).show("operating points on the test set")

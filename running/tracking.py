@@ -4,17 +4,22 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from running import wandb_logger
+from running.arguments import one_line
 from running.environment import environment
-from running.wandb_file import can_be_uploaded
+from running.wandb_file import can_be_uploaded, cut_half_record
 from running.wandb_logger import FaultTolerantWandbLogger
 
 MODES = {"online", "offline", "disabled", "shared", "dryrun", "run"}
@@ -32,6 +37,7 @@ class Tracking:
         entity: user or team; None is the default of the account.
         mode: "auto" is online for a user who is logged in and offline for others; it never asks.
         tags: tags of the run.
+        log_checkpoints: keep the checkpoint that is tested as an artifact, at the end.
 
     Raises:
         ValueError: W&B would refuse the project or WANDB_MODE.
@@ -41,6 +47,7 @@ class Tracking:
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     tags: list[str] | None = None
+    log_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         forbidden = " ".join(character for character in "/\\#?%:" if character in self.project)
@@ -118,7 +125,7 @@ def _init(
 ) -> Any:
     import wandb  # slow, and not every command tracks
 
-    put_aside_unreadable(folder)
+    repair_attempts(folder)
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, a third of its default
     id_file = folder / "wandb_id"
     sweep = current_sweep()
@@ -158,17 +165,20 @@ def _settings() -> Any:
     return settings
 
 
-def put_aside_unreadable(folder: Path, but: Collection[str] = ()) -> None:
-    """Renames what attempts have left that were killed before W&B wrote down which run it is.
+def repair_attempts(folder: Path, but: Collection[str] = ()) -> None:
+    """Makes `wandb sync` upload all that attempts have left that were killed while W&B wrote.
 
-    One such folder, and `wandb sync` uploads none of those that it is given.
+    One that does not even say which run it is of is renamed: with it, `wandb sync` uploads none of
+    those that it is given. Of half a record at the end of a file, see `cut_half_record`.
 
     Args:
         folder: of the run.
         but: names of those to leave alone, since an attempt still writes there.
     """
     for path in sorted((folder / "wandb").glob("offline-run-*")):
-        if path.name not in but and not can_be_uploaded(path):
+        if path.name in but:
+            continue
+        if not can_be_uploaded(path):
             aside = path.with_name(path.name.replace("offline", "unreadable", 1))
             path.rename(aside)
             print(
@@ -176,12 +186,67 @@ def put_aside_unreadable(folder: Path, but: Collection[str] = ()) -> None:
                 f"renamed to {aside.name}",
                 file=sys.stderr,
             )
+        elif any([cut_half_record(file) for file in path.glob("*.wandb")]):
+            print(
+                f"W&B: {path} ended within a record, as its attempt was killed: that is left out, "
+                "so that all others can be uploaded",
+                file=sys.stderr,
+            )
+
+
+def trackers_of(loggers: list[Logger]) -> list[FaultTolerantWandbLogger]:
+    return [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
+
+
+@rank_zero_only
+def show_finished(trainer: Trainer, select: Callable[[Trainer], Path] | Literal[False]) -> None:
+    """Gives W&B the figures of a finished run.
+
+    What goes wrong is said: the run is finished, and stays so.
+
+    Args:
+        trainer: has the loggers, and the folder of the run.
+        select: which checkpoint W&B shall keep, too; False if none.
+    """
+    folder = Path(trainer.default_root_dir)
+    for tracker in trackers_of(trainer.loggers):
+        try:
+            tracker.log_metrics(figures(folder))
+        except Exception as error:  # of a library that draws; whatever it is, the run is whole
+            rank_zero_warn(
+                f"W&B gets no figures of {folder}, as drawing them failed ({one_line(error)}): the "
+                f"run is whole; python main.py report {folder} tries again"
+            )
+        try:
+            if select:
+                tracker.log_checkpoint(select(trainer))
+        except Exception as error:
+            rank_zero_warn(f"W&B keeps no checkpoint of {folder}, which has it ({one_line(error)})")
+        tracker.flush()
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Returns the figures that a report has of a run, as W&B shows them."""
+    import wandb
+    from PIL import Image
+
+    from reports import run_figures  # slow, like the others
+
+    pictures = run_figures(folder).items()
+    return {f"report/{name}": wandb.Image(Image.open(BytesIO(png))) for name, png in pictures}
 
 
 def describe_wandb(loggers: list[Logger], folder: Path) -> list[str]:
-    """Returns a line that says how to look at the run in W&B; none if it is not tracked."""
-    trackers = [logger for logger in loggers if isinstance(logger, FaultTolerantWandbLogger)]
+    """Returns lines that say how to look at the run in W&B; none if it is not tracked."""
+    trackers = trackers_of(loggers)
     writing = [Path(one.experiment.settings.sync_dir).name for one in trackers if not one.is_lost]
-    put_aside_unreadable(folder, but=writing)
-    urls = (None if one.experiment.offline else one.experiment.url for one in trackers)
-    return [f"W&B: {url or f'wandb sync {folder}/wandb/offline-run-*'}" for url in urls]
+    repair_attempts(folder, but=writing)
+    lines = []
+    for tracker in trackers:
+        if tracker.experiment.offline:
+            lines.append(f"W&B: wandb sync {folder}/wandb/offline-run-*")
+            if find_spec("wandb.cli.leet"):  # not in every version
+                lines.append(f"W&B in this terminal: wandb leet {folder}/wandb")
+        else:
+            lines.append(f"W&B: {tracker.experiment.url}")
+    return lines

@@ -1,5 +1,6 @@
 """The file in which W&B keeps what a run logs: records in the format of LevelDB's log."""
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -56,3 +57,24 @@ def can_be_uploaded(folder: Path) -> bool:
     """
     files = folder.glob("*.wandb")
     return any(record.HasField("run") for path in files for record, _ in read_records(path))
+
+
+def cut_half_record(path: Path) -> bool:
+    """Cuts off what follows the last whole record, and keeps the file that had it as `*.cut`.
+
+    `wandb sync` uploads the records before it, but of the same run no file that comes later.
+
+    Returns:
+        whether there was anything.
+    """
+    end = START
+    for _, after in read_records(path):
+        end = after
+    content = path.read_bytes()
+    if not content[end:].strip(b"\0"):  # nothing, or the zeros that fill a block
+        return False
+    part = path.with_suffix(".part")
+    part.write_bytes(content[:end])
+    os.replace(path, path.with_suffix(".wandb.cut"))
+    os.replace(part, path)
+    return True

@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,28 @@ class FaultTolerantWandbLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Logs numbers, tables or panels."""
+        self._tell(partial(super().log_metrics, metrics, step))
+
+    @rank_zero_only
+    def summarize(self, numbers: Mapping[str, float]) -> None:
+        """Puts numbers into the summary of the run, by which W&B compares runs."""
+        self._tell(lambda: self.experiment.summary.update(dict(numbers)))
+
+    @rank_zero_only
+    def log_checkpoint(self, path: Path) -> None:
+        """Keeps a checkpoint as an artifact, a new version of that of the same run."""
+        import wandb  # slow
+
+        artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model")
+        artifact.add_file(str(path))  # a copy: a run that goes on changes the file
+        self._tell(lambda: self.experiment.log_artifact(artifact, aliases=[path.stem]))
+
+    def _tell(self, what: Callable[[], object]) -> None:
+        """Calls W&B, and never again once its process has ended."""
         if self.is_lost:
             return
         try:
-            super().log_metrics(metrics, step)
+            what()
         except ConnectionError as error:
             self.is_lost = True
             rank_zero_warn(

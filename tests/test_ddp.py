@@ -12,13 +12,16 @@ from typing import Any
 
 import launch
 import methods
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from pytorch_lightning import Trainer
 from test_resume import assert_same_run
 from torch import nn
 
+from datamodules import DigitsDataModule
 from lightning_modules import LitStochasticDepth
 from networks import CifarResNet
 
@@ -75,15 +78,39 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
     if method == "stochastic_depth_row":
         assert not all(report["same_gates"])  # every sample has gates of its own
 
-    # The same checkpoint, evaluated by one process: accuracy equal to the last digit.
+    # The same checkpoint, evaluated by one process: what is measured is equal to the last digit.
     def points(name: str) -> list[tuple[str, ...]]:
         with (tmp_path / "run" / name).open(newline="") as file:
-            return [(row["name"], row["test_acc"], row["macs"]) for row in csv.DictReader(file)]
+            return [
+                (*(row[key] for key in ("name", "test_acc", "macs", "test_top5")), error)
+                for row in csv.DictReader(file)
+                for error in [round(float(row["ece"]), 12)]  # a sum, in another order
+            ]
 
     of_two = points("operating_points.csv")
     alone = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.callbacks=null"]
     assert launch.run(["test", *COMMAND[1:], *alone], tmp_path)[0] == 0
     assert points("operating_points_again.csv") == of_two
+    for name in ("class_accuracy", "confusion"):
+        files = (tmp_path / f"run/{name}{end}.csv" for end in ("", "_again"))
+        assert len({file.read_text() for file in files}) == 1
+    if method in ("branchynet", "msdnet"):
+        assert_images_are_of_their_class(tmp_path / "run")
+
+
+def assert_images_are_of_their_class(folder: Path) -> None:
+    """The first of two ranks has every second image."""
+    data = DigitsDataModule()
+    data.setup("test")
+    images, labels = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    with (folder / "exit_images.csv").open(newline="") as file:
+        shown = list(csv.DictReader(file))
+    assert shown
+    for row in shown:
+        pixels = torch.from_numpy(np.array(Image.open(folder / row["file"])))
+        same = (images[:, 0] == pixels).flatten(1).all(1).nonzero().flatten()
+        assert (same % 2 == 0).any()
+        assert str(labels[same[0]].item()) == row["true"]
 
 
 LONG_EPOCH = FORKED | {"max_epochs": 1, "limit_train_batches": 25, "log_every_n_steps": 1000}

@@ -3,20 +3,24 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import wandb
-from pytorch_lightning import LightningModule, Trainer, seed_everything
+from PIL import Image
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from quiet import quiet_trainer
 from torch import Tensor
 from torch.distributions import Categorical
 
 from callbacks import ExitStatistics, exit_statistics
+from callbacks.exit_images import write_exit_images
 from callbacks.exit_statistics import curve_rows, entropy_rows, panels, path_to, trunk_only
 from datamodules import DigitsDataModule
-from lightning_modules import LitBranchyNet, LitResNet
+from lightning_modules import LitBranchyNet, LitResNet, PointAnswers
 from lightning_modules.branchynet import read_weights
 from lightning_modules.multi_exit import ExitOutputs
 from networks import CifarResNet, EarlyExit, ResNetWithExits, count_macs, count_params, early_exit
@@ -323,6 +327,84 @@ def test_shares_are_logged_after_every_validation(tmp_path: Path) -> None:
     assert row["step"] == "7"
 
 
+def test_easiest_and_hardest_images_of_the_exits(trained) -> None:
+    """Of those that leave there; their pixels are those that the steps got."""
+    folder, module = trained
+    data = DigitsDataModule()
+    data.setup("test")
+    images, labels = all_of(data, "test")
+    thresholds = next(iter(module.exit_thresholds.values()))
+    with torch.no_grad():
+        logits, taken = early_exit(module.net, images, thresholds)
+    entropies = Categorical(logits=logits).entropy()
+    shown = rows(folder / "exit_images.csv")
+    assert {row["file"] for row in shown} == {
+        str(path.relative_to(folder)) for path in folder.glob("exit_images/*")
+    }
+    for index, name in enumerate(("exit1", "exit2", "full")):
+        here = (taken == index).nonzero().flatten().tolist()
+        here.sort(key=lambda image: entropies[image].item())
+        num_easy = min(8, (len(here) + 1) // 2)
+        num_hard = min(8, len(here) // 2)
+        expected = {"easiest": here[:num_easy], "hardest": here[::-1][:num_hard]}
+        for kind, chosen in expected.items():
+            of_kind = [row for row in shown if (row["exit"], row["kind"]) == (name, kind)]
+            assert [row["rank"] for row in of_kind] == [str(k + 1) for k in range(len(chosen))]
+            for row, image in zip(of_kind, chosen, strict=True):
+                assert float(row["score"]) == pytest.approx(entropies[image].item(), abs=1e-5)
+                assert row["true"] == str(labels[image].item())
+                assert row["predicted"] == str(logits[image].argmax().item())
+                pixels = torch.from_numpy(np.array(Image.open(folder / row["file"])))[None, None]
+                assert data.image_format.normalize(pixels)[0].equal(images[image])
+    assert len(shown) >= 16
+
+
+def test_images_of_the_exits_in_colour(tmp_path: Path) -> None:
+    """Of two that one exit answers, the surer one is easiest; rank 0 has every second image."""
+    pictures = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    data = SimpleNamespace(
+        image_shape=(3, 4, 6),
+        class_names=["cat", "dog"],
+        load_eval=lambda batches, split: iter([(pictures[batches[0]], None)]),
+    )
+    scores = torch.tensor([[0.6, 1.0], [0.9, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    labels, classes = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])
+    answers = PointAnswers(labels, classes, scores[:, 0], labels == classes)
+    module = SimpleNamespace(
+        exit_thresholds={"adaptive": [0.5]},
+        exits_taken=lambda thresholds: (scores[:, 0] < thresholds[0]).long(),
+        exit_names=["exit1", "full"],
+        exit_outputs=SimpleNamespace(scores=scores),
+        exit_criterion="confidence",
+        test_answers={"exit1": answers, "full": answers},
+        net=SimpleNamespace(num_classes=2),
+    )
+    trainer = SimpleNamespace(datamodule=data, world_size=2)
+    (tmp_path / "exit_images").mkdir()
+    (tmp_path / "exit_images/old.png").touch()
+    write_exit_images(trainer, module, 2, tmp_path / "exit_images.csv")
+    easy, hard = rows(tmp_path / "exit_images.csv")
+    assert list(easy.values())[:3] == ["exit1", "easiest", "1"]
+    assert list(hard.values())[:3] == ["exit1", "hardest", "1"]
+    assert (easy["true"], easy["predicted"], easy["score"]) == (
+        "cat",
+        "dog",
+        str(scores[1, 0].item()),
+    )
+    for row, number in ((easy, 2), (hard, 0)):
+        pixels = torch.from_numpy(np.array(Image.open(tmp_path / row["file"])))
+        assert pixels.equal(pictures[number].movedim(0, 2))
+    assert len(list(tmp_path.glob("exit_images/*"))) == 2
+
+
+def test_images_of_data_that_knows_no_numbers_are_left_out(tmp_path: Path, caplog) -> None:
+    trainer = SimpleNamespace(datamodule=LightningDataModule(), world_size=1)
+    with caplog.at_level("INFO"):
+        write_exit_images(trainer, None, 2, tmp_path / "exit_images.csv")
+    assert "exit_images.csv is left out: LightningDataModule has no load_eval" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_testing_again_leaves_the_statistics_of_the_fit(trained, tmp_path: Path) -> None:
     folder, _ = trained
     fresh = LitBranchyNet(network(), exit_thresholds=[2.0, 2.0])
@@ -332,9 +414,11 @@ def test_testing_again_leaves_the_statistics_of_the_fit(trained, tmp_path: Path)
     trainer.test(
         fresh, datamodule=DigitsDataModule(), ckpt_path=folder / "last.ckpt", verbose=False
     )
-    names = ("exits", "exit_entropy", "exit_curve", "exit_speed")
+    names = ("exits", "exit_entropy", "exit_curve", "exit_speed", "exit_images")
     assert all((tmp_path / f"{name}_again.csv").exists() for name in names)
     assert not any((tmp_path / f"{name}.csv").exists() for name in names)
+    assert list(tmp_path.glob("exit_images_again/*.png"))
+    assert not (tmp_path / "exit_images").exists()
 
 
 def test_thresholds_of_another_criterion_are_not_used(trained, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_every_point_is_measured(precision: str, tmp_path: Path) -> None:
     data = DigitsDataModule()
     trainer.test(module, datamodule=data, verbose=False)
     lines = (tmp_path / "operating_points.csv").read_text().splitlines()
-    assert lines[0] == "name,test_acc,macs,params,ms_per_image"
+    assert lines[0] == "name,test_acc,macs,params,ms_per_image,test_top5,ece"
     points = {line.split(",")[0]: line.split(",")[1:] for line in lines[1:]}
     assert [int(points[name][1]) for name in ("full", "w0.25")] == [10240, 2560]
 
@@ -70,7 +70,7 @@ def test_every_point_is_measured(precision: str, tmp_path: Path) -> None:
 
 def test_panels_show_the_table_and_the_curve() -> None:
     """A line through one point would be no curve."""
-    rows = [("w0.25", 0.5, 10, 5, 0.1), ("full", 0.75, 40, 20, 0.2)]
+    rows = [("w0.25", 0.5, 10, 5, 0.1, 0.9, 0.1), ("full", 0.75, 40, 20, 0.2, 1.0, 0.2)]
     for count, names in ((1, {"operating_points"}), (2, {"operating_points", "acc_against_macs"})):
         logged = panels(wandb, Table(COLUMNS, rows[:count]))
         assert logged.keys() == names

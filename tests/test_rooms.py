@@ -25,7 +25,7 @@ ALLOWED = {
         *{"torch", "torchvision", "archive", "chance", "preemption", "datamodules"},
         *{"numpy", "PIL", "scipy", "sklearn"},  # decoders of files
     },
-    "callbacks": {*LIGHTNING, "torch", "networks", "callbacks", "rich", "wandb"},
+    "callbacks": {*LIGHTNING, "torch", "networks", "callbacks", "rich", "wandb", "PIL"},
     "lightning_modules": {
         *LIGHTNING,
         *{"torch", "torchmetrics", "archive", "chance", "networks", "lightning_modules"},

@@ -44,9 +44,10 @@ def test_every_stop_is_trained_and_told_and_a_second_tour_trains_nothing(small: 
     for name in ("resnet", "universally_slimmable"):
         run = small / name / "small" / "seed0"
         assert (run / "finished.yaml").exists()
-        best = max(float(row["test_acc"]) for row in CSVHistory(run / "operating_points.csv").read())
+        points = CSVHistory(run / "operating_points.csv").read()
+        dearest = max(points, key=lambda point: float(point["macs"]))
         assert f"{name}: what it shows" in said
-        assert f"{best:.2%}" in said
+        assert f"{float(dearest['test_acc']):.2%}" in said
     assert tour.epochs_done(run) == 2
     attempts = (run / "attempts.yaml").read_text()
     travel(small)
@@ -56,7 +57,7 @@ def test_every_stop_is_trained_and_told_and_a_second_tour_trains_nothing(small: 
 def test_a_run_that_fails_names_its_log_and_ends_the_others(small: Path, monkeypatch) -> None:
     bad, other = tour.STOPS
     monkeypatch.setattr(tour, "STOPS", (bad._replace(options=("--trainer.max_epochs=-7",)), other))
-    with pytest.raises(ValueError, match="status 2: see .*output.txt, then repeat") as caught:
+    with pytest.raises(ValueError, match=r"status 2: see .*output\.txt, then repeat") as caught:
         travel(small)
     log = Path(str(caught.value).split("see ")[1].split(",")[0])
     assert "error: " in log.read_text()

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import io
+import json
 import os
 import shutil
 import signal
@@ -18,9 +20,11 @@ import pytest
 import torch
 import wandb_file
 import yaml
+from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from wandb.proto.wandb_internal_pb2 import Record
 
+import reports
 from running import tracking, wandb_logger
 from running.tracking import Tracking, describe_wandb, open_wandb
 from running.wandb_file import read_records
@@ -137,6 +141,106 @@ def test_offline_wandb_keeps_one_id_over_attempts(tmp_path: Path) -> None:
     assert len(unreadable) <= 1
 
 
+# --- what W&B shows -------------------------------------------------------------------------------
+
+
+def figure(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), color).save(file, "png")
+    return file.getvalue()
+
+
+class Reports(Callback):
+    """Draws in the place of the room of that name, or cannot."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reports.run_figures = self.cannot_draw if "NO_FIGURES" in os.environ else self.draw
+
+    def draw(self, folder: Path) -> dict[str, bytes]:
+        assert (folder / "finished.yaml").exists()
+        return {"accuracy": figure("red"), "learning": figure("blue")}
+
+    def cannot_draw(self, folder: Path) -> dict[str, bytes]:
+        raise ValueError("no\nfonts")
+
+
+def summary(attempt: Path) -> dict[str, Any]:
+    """Returns what the run's summary holds after an attempt."""
+    return {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for record in wandb_file.records(attempt)
+        if record.HasField("summary")
+        for item in record.summary.update
+    }
+
+
+@pytest.mark.slow
+def test_wandb_shows_the_whole_run(tmp_path: Path) -> None:
+    """Killed and resumed: one run, with panels, numbers of every point, and its checkpoint."""
+    environment = experiment(tmp_path, callbacks=None)
+    config = yaml.safe_load((tmp_path / "experiment.yaml").read_text())
+    model = methods.config("slimmable")["model"]
+    names = ["GradientMagnitudeLogger", "ThroughputMonitor"]
+    config["model"] = model
+    config["trainer"]["callbacks"] = [{"class_path": f"callbacks.{name}"} for name in names]
+    config["trainer"]["callbacks"].append({"class_path": "test_tracking.Reports"})
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config))
+    command = [*OFFLINE, "--wandb.log_checkpoints=true"]
+    assert launch.kill_after_save(command, tmp_path, environment)
+    status, output = launch.run(command, tmp_path, environment)
+    assert status == 0, output
+    assert "W&B in this terminal: wandb leet run/wandb" in output
+
+    identity = (tmp_path / "run/wandb_id").read_text()
+    for attempt in attempts(tmp_path):
+        runs = {r.run.run_id for r in wandb_file.records(attempt) if r.HasField("run")}
+        assert runs == {identity}
+        # `wandb sync` counts on from the last step of the file before.
+        steps = [r.history.step.num for r in wandb_file.records(attempt) if r.HasField("history")]
+        assert steps == list(range(len(steps)))
+    last = attempts(tmp_path)[-1]
+    with (tmp_path / "run/operating_points.csv").open(newline="") as file:
+        points = {row.pop("name"): row for row in csv.DictReader(file)}
+    assert points.keys() == {"w0.25", "full"}
+    found = summary(last)
+    for name, row in points.items():
+        for key, value in row.items():
+            assert found[f"point/{name}/{key}"] == pytest.approx(float(value))
+    panels = {key: value for row in wandb_file.history(last) for key, value in row.items()}
+    for key in ("operating_points", "acc_against_macs_table"):
+        assert (last / "files" / panels[f"{key}.path"]).exists()
+    for name, color in (("accuracy", (255, 0, 0)), ("learning", (0, 0, 255))):
+        with Image.open(last / "files" / panels[f"report/{name}.path"]) as image:
+            assert image.getpixel((0, 0)) == color
+    artifacts = [r.artifact for r in wandb_file.records(last) if r.HasField("artifact")]
+    (kept,) = (one for one in artifacts if one.type == "model")
+    assert (kept.name, "best" in kept.aliases) == (f"checkpoint-{identity}", True)
+    (content,) = kept.manifest.contents
+    assert content.path == "best.ckpt"
+    assert Path(content.local_path).read_bytes() == (tmp_path / "run/best.ckpt").read_bytes()
+
+
+def test_finished_run_that_cannot_be_drawn_is_finished(tmp_path: Path) -> None:
+    """And what survived is told once, at the end; its numbers every epoch."""
+    environment = experiment(tmp_path) | {"NO_FIGURES": "yes"}
+    config = yaml.safe_load((tmp_path / "experiment.yaml").read_text())
+    config["trainer"]["callbacks"].append({"class_path": "test_tracking.Reports"})
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config))
+    status, output = launch.run(OFFLINE, tmp_path, environment)
+    assert status == 0, output
+    line = "W&B gets no figures of run, as drawing them failed (no fonts): the run is whole"
+    assert line in output
+    assert "run folder: run" in output
+    assert (tmp_path / "run/finished.yaml").exists()
+    (attempt,) = attempts(tmp_path)
+    rows = wandb_file.history(attempt)
+    assert sum("stochastic_depth/active_blocks" in row for row in rows) == 2
+    plots = [row for row in rows if "stochastic_depth/survival_table.path" in row]
+    assert len(plots) == 1
+    artifacts = [r.artifact for r in wandb_file.records(attempt) if r.HasField("artifact")]
+    assert "model" not in {artifact.type for artifact in artifacts}
+
+
 # --- without a command line -----------------------------------------------------------------------
 
 
@@ -231,13 +335,23 @@ def test_unreadable_attempts_are_put_aside(
         copy = shutil.copytree(attempt, attempt.with_name(f"offline-run-0-{name}"))
         (copy / file.name).write_bytes(short)
     attempt.with_name("offline-run-0-none").mkdir()
-    line = f"W&B: wandb sync {tmp_path}/run/wandb/offline-run-*"
-    assert describe_wandb([logger], tmp_path / "run") == [line]
+    assert describe_wandb([logger], tmp_path / "run") == [
+        f"W&B: wandb sync {tmp_path}/run/wandb/offline-run-*",
+        f"W&B in this terminal: wandb leet {tmp_path}/run/wandb",
+    ]
     assert attempts(tmp_path) == [attempt.with_name("offline-run-0-cut"), attempt]
+    cut = attempts(tmp_path)[0] / file.name
+    *_, (_, end) = read_records(cut)
+    assert end == cut.stat().st_size < len(content) - 1
+    assert cut.with_suffix(".wandb.cut").read_bytes() == content[:-1]
     assert {path.name for path in attempt.parent.glob("unreadable-*")} == {
         f"unreadable-run-0-{name}" for name in ("empty", "header", "first", "none")
     }
-    assert "renamed to unreadable-run-0-empty" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "renamed to unreadable-run-0-empty" in printed
+    assert "offline-run-0-cut ended within a record" in printed
+    describe_wandb([logger], tmp_path / "run")  # there is nothing left to be done
+    assert capsys.readouterr().err == ""
 
 
 def test_attempt_in_progress_is_not_put_aside(

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     console.print(
-        f"Six methods on 1,797 handwritten digits, {num_at_once()} at a time; every run is a folder "
+        f"Six methods on 1,797 handwritten digits, {num_at_once()} at a time; each run is a folder "
         f"in {folder}.\nInterrupt it when you like: the same command goes on."
     )
     Tour(folder, console).travel()
@@ -179,6 +179,5 @@ def answer(folder: Path) -> str:
     """Returns, in words, what a run has reached at its cheapest and at its dearest point."""
     points = sorted(CSVHistory(folder / RESULT).read(), key=lambda point: float(point["macs"]))
     ends = [points[0], points[-1]] if len(points) > 1 else points
-    return " to ".join(
-        f"{float(point['test_acc']):.2%} at {float(point['macs']) / 1e6:.1f}M MACs" for point in ends
-    )
+    pairs = [(float(point["test_acc"]), float(point["macs"])) for point in ends]
+    return " to ".join(f"{accuracy:.2%} at {macs / 1e6:.1f}M MACs" for accuracy, macs in pairs)
