@@ -51,7 +51,9 @@ class Single(nn.Module):
 def save_program(piece: Piece, path: Path, facts: dict[str, Any]) -> None:
     """Writes a module of one tensor as a program of torch, with facts in `facts.json`."""
     program = to_program(Single(piece.module), piece.example[0])
-    torch.export.save(program, path, extra_files={"facts.json": json.dumps(facts)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights whose channels come last in memory
+        torch.export.save(program, path, extra_files={"facts.json": json.dumps(facts)})
 
 
 def to_program(module: nn.Module, example: Tensor | list[Tensor]) -> ExportedProgram:
