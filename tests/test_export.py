@@ -1,9 +1,12 @@
 """Operating points as files: what comes out of them is what the checkpoint says."""
 
+import copy
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -37,10 +40,16 @@ from networks import (
     run_to_exit,
 )
 from running import LoadedRun
-from running.export_check import Answers, checkpoint, compare, in_batches
-from running.export_files import stages_folder, write
+from running.export_check import Answers, Classify, checkpoint, compare, in_batches
+from running.export_files import (
+    as_json,
+    onnx_classifier,
+    stages_classifier,
+    stages_folder,
+    write,
+)
 from running.export_networks import EarlyExit, Piece, take_out
-from running.export_onnx import to_onnx, to_program
+from running.export_onnx import join_exits, to_onnx, to_program
 from running.exporting import written_together
 
 # --- networks -------------------------------------------------------------------------------------
@@ -190,27 +199,6 @@ def fake_run(method: str, digits: tuple[ImageFormat, Tensor], **arguments: objec
     return LoadedRun(Path("runs/method/name/seed0"), module, image_format, Path("last.ckpt"))
 
 
-def export(run: LoadedRun, point: str, kind: str, folder: Path, images: Tensor) -> list[Answers]:
-    """Writes a point in every way and returns the answers of each, compared with the point."""
-    taken = take_out(run, point)
-    ours = in_batches(checkpoint(run, point, taken), images, 64)
-    found = []
-    for path, classify, _ in write(run, point, taken, kind, folder / f"{point}.file"):
-        for size in (7, 1):
-            theirs = in_batches(classify, images, size)
-            agreement = compare(run, taken, images, ours, theirs)
-            assert agreement.num_same_classes == len(images)
-            assert agreement.difference < 1e-4
-            found.append(theirs)
-        assert path.exists()
-    return found
-
-
-def points_of(method: str) -> list[str]:
-    names = list(build(METHODS[method]).operating_points())
-    return [*names, "adaptive"] if method in ("branchynet", "msdnet") else names
-
-
 LONG = ("exit2", "ensemble2", "ensemble3", "w0.6")
 POINTS = [
     pytest.param(
@@ -219,7 +207,7 @@ POINTS = [
         marks=pytest.mark.slow if point in LONG or method == "stochastic_depth_row" else (),
     )
     for method in METHODS
-    for point in points_of(method)
+    for point in build(METHODS[method]).operating_points()
 ]
 """All of them; slow are those whose kind is there already."""
 
@@ -229,18 +217,16 @@ def test_every_point_is_what_the_checkpoint_says(
     method: str, point: str, digits: tuple[ImageFormat, Tensor], tmp_path: Path
 ) -> None:
     run = fake_run(method, digits)
-    before = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}
-    for kind in ("onnx",) if point == "adaptive" else ("onnx", "torch"):
-        folder = tmp_path / kind
-        folder.mkdir()
-        found = export(run, point, kind, folder, digits[1])
-        assert len(found) == (4 if point == "adaptive" else 2)
-        for answers in found:
-            assert torch.allclose(answers.probabilities.sum(1), torch.ones(60))
-            assert (answers.exits is None) == (point != "adaptive")
-    if point == "adaptive":
-        assert set(found[0].exits.tolist()) == {1, 2, 3}
-    assert all(torch.equal(before[k], v) for k, v in run.module.state_dict().items())
+    before = [tensor.clone() for tensor in run.module.parameters()]
+    taken, images = take_out(run, point), digits[1]
+    ours = in_batches(checkpoint(run, point, taken), images, 64)
+    for kind in ("onnx", "torch"):
+        ((_, classify, _),) = write(run, point, taken, kind, tmp_path / kind)
+        for size in (7, 1):
+            found = compare(run, taken, images, ours, in_batches(classify, images, size))
+            assert found.num_same_classes == len(images)
+            assert found.difference < 1e-4
+    assert all(map(torch.equal, before, run.module.parameters()))
 
 
 @pytest.mark.parametrize("point", ["exit1", "exit2", "full"])
@@ -278,46 +264,104 @@ def test_a_width_is_a_narrow_network(digits: tuple[ImageFormat, Tensor]) -> None
 # --- early exit -----------------------------------------------------------------------------------
 
 
-def exported_exits(
-    thresholds: list[float], digits: tuple[ImageFormat, Tensor], folder: Path, method: str
-) -> tuple[LoadedRun, EarlyExit, list]:
-    run = fake_run(method, digits)
-    run.module.given_thresholds = thresholds
-    point = take_out(run, "adaptive")
-    return run, point, list(write(run, "adaptive", point, "onnx", folder / "adaptive.onnx"))
+class Adaptive(NamedTuple):
+    """A point that leaves early, as it was exported."""
+
+    run: LoadedRun
+    point: EarlyExit
+    file: Path
+    exits: list
+    """ONNX models."""
+    stages: list
 
 
-@pytest.mark.parametrize(
-    ("method", "thresholds", "exit_taken"),
-    [
-        ("branchynet", [math.inf, 0.0], 1),
-        ("branchynet", [-math.inf, math.inf], 2),
-        ("branchynet", [0.0, 0.0], 3),
-        ("msdnet", [0.0, 0.0], 1),
-        ("msdnet", [math.inf, 0.0], 2),
-        ("msdnet", [math.inf, math.inf], 3),
-    ],
-)
-def test_edges_of_thresholds(
-    method: str,
-    thresholds: list[float],
-    exit_taken: int,
+@pytest.fixture(scope="module", params=["branchynet", "msdnet"])
+def adaptive(
+    request: pytest.FixtureRequest,
     digits: tuple[ImageFormat, Tensor],
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Adaptive:
+    run, folder = fake_run(request.param, digits), tmp_path_factory.mktemp(request.param)
+    point = take_out(run, "adaptive")
+    file = folder / "adaptive.onnx"
+    for _ in write(run, "adaptive", point, "onnx", file):
+        pass
+    models = (
+        [onnx.load(path) for path in sorted(stages_folder(file).glob(f"{kind}*.onnx"))]
+        for kind in ("exit", "stage")
+    )
+    return Adaptive(run, point, file, *models)
+
+
+def with_thresholds(thresholds: list[float], adaptive: Adaptive, folder: Path) -> list[Classify]:
+    """Returns file and folder with other thresholds, and with the models of `adaptive`."""
+    other = folder / "stages"
+    shutil.copytree(stages_folder(adaptive.file), other)
+    for number, model in enumerate(adaptive.exits, start=1):
+        onnx.save_model(model, other / f"exit{number}.onnx")
+    manifest = json.loads((other / "manifest.json").read_text())
+    for part, threshold in zip(manifest["exits"], map(as_json, thresholds), strict=False):
+        part["threshold"] = threshold
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    point = adaptive.point._replace(thresholds=thresholds)
+    onnx.save_model(join_exits(point, adaptive.stages, adaptive.exits), folder / "file.onnx")
+    return [onnx_classifier(folder / "file.onnx"), stages_classifier(other)]
+
+
+def test_early_exit_is_what_the_checkpoint_says(
+    adaptive: Adaptive, digits: tuple[ImageFormat, Tensor]
 ) -> None:
-    run, _, exported = exported_exits(thresholds, digits, tmp_path, method)
+    run, point, images = adaptive.run, adaptive.point, digits[1]
+    ours = in_batches(checkpoint(run, "adaptive", point), images, 64)
+    assert set(ours.exits.tolist()) == {1, 2, 3}
+    for classify in (
+        onnx_classifier(adaptive.file),
+        stages_classifier(stages_folder(adaptive.file)),
+    ):
+        for size in (1, 7, 60):
+            found = compare(run, point, images, ours, in_batches(classify, images, size))
+            assert found.num_same_exits == found.num_same_classes == 60
+            assert found.difference < 1e-4
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_edges_of_thresholds(
+    last: int, adaptive: Adaptive, digits: tuple[ImageFormat, Tensor], tmp_path: Path
+) -> None:
+    """Nobody leaves at an entropy of 0 or a confidence of inf, and all do at the other end."""
+    nobody, everybody = (0.0, math.inf) if adaptive.point.criterion == "entropy" else (math.inf, 0)
+    thresholds = [float(everybody if number == last else nobody) for number in (1, 2)]
     images = digits[1][:5]
-    normalized = run.image_format.normalize(images)
-    expected = early_exit(run.net, normalized, thresholds, run.module.exit_criterion)
-    assert (expected.exit_index + 1 == exit_taken).all()
-    for _, classify, _ in exported:
+    normalized = adaptive.run.image_format.normalize(images)
+    logits = early_exit(adaptive.run.net, normalized, thresholds, adaptive.point.criterion).logits
+    for classify in with_thresholds(thresholds, adaptive, tmp_path):
         for size in (5, 1):
             answers = in_batches(classify, images, size)
-            assert (answers.exits == exit_taken).all()
-            assert torch.allclose(answers.probabilities, expected.logits.softmax(1), atol=1e-5)
+            assert (answers.exits == last).all()
+            assert torch.allclose(answers.probabilities, logits.softmax(1), atol=1e-5)
 
 
-def nodes_run(model: Path, image: Tensor, folder: Path) -> set[str]:
+def test_what_is_not_a_number_never_leaves(
+    adaptive: Adaptive, digits: tuple[ImageFormat, Tensor], tmp_path: Path
+) -> None:
+    exits = copy.deepcopy(adaptive.exits)
+    (bias,) = [each for each in exits[0].graph.initializer if list(each.dims) == [10]]
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
+    everybody = math.inf if adaptive.point.criterion == "entropy" else 0.0
+    spoiled = adaptive._replace(exits=exits)
+    for classify in with_thresholds([everybody] * 2, spoiled, tmp_path):
+        answers = classify(digits[1][:4])
+        assert (answers.exits == 2).all()
+        assert answers.probabilities.isfinite().all()
+
+
+def test_no_images_have_no_answers(adaptive: Adaptive, digits: tuple[ImageFormat, Tensor]) -> None:
+    answers = stages_classifier(stages_folder(adaptive.file))(digits[1][:0])
+    assert answers.probabilities.shape == (0, 10)
+    assert answers.exits.shape == (0,)
+
+
+def nodes_run(model: Path, image: Tensor, folder: Path) -> str:
     """Returns the names of the nodes that onnxruntime says it has run."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
@@ -325,44 +369,23 @@ def nodes_run(model: Path, image: Tensor, folder: Path) -> set[str]:
     session = onnxruntime.InferenceSession(model, options)
     session.run(None, {"images": image.numpy()})
     events = json.loads(Path(session.end_profiling()).read_text())
-    return {event["name"] for event in events if event["cat"] == "Node"}
+    return " ".join(event["name"] for event in events if event["cat"] == "Node")
 
 
 def test_the_runtime_stops_where_the_image_leaves(
-    digits: tuple[ImageFormat, Tensor], tmp_path: Path
+    adaptive: Adaptive, digits: tuple[ImageFormat, Tensor], tmp_path: Path
 ) -> None:
     """It names what it has run."""
-    run = fake_run("branchynet", digits)
-    point = take_out(run, "adaptive")
-    exported = [*write(run, "adaptive", point, "onnx", tmp_path / "adaptive.onnx")]
-    answers = in_batches(exported[0].classify, digits[1], 1)
+    answers = in_batches(onnx_classifier(adaptive.file), digits[1], 1)
     for number in (1, 2, 3):
         image = digits[1][answers.exits == number][:1]
-        names = " ".join(nodes_run(exported[0].path, image, tmp_path))
+        names = nodes_run(adaptive.file, image, tmp_path)
         for stage in (1, 2, 3):
             assert (f"stage{stage}/" in names) == (f"exit{stage}/" in names) == (stage <= number)
 
 
-@pytest.mark.parametrize("method", ["branchynet", "msdnet"])
-def test_what_is_not_a_number_never_leaves(
-    method: str, digits: tuple[ImageFormat, Tensor], tmp_path: Path
-) -> None:
-    """The last exit answers, and says that it does not know."""
-    run = fake_run(method, digits)
-    exit_here = run.net.early_exits[0] if method == "branchynet" else run.net.exits[0]
-    exit_here[-1].bias.data[0] = math.nan
-    sure = [math.inf] * 2 if method == "branchynet" else [0.0] * 2
-    run.module.given_thresholds = sure
-    point = take_out(run, "adaptive")
-    for _, classify, _ in write(run, "adaptive", point, "onnx", tmp_path / "adaptive.onnx"):
-        answers = classify(digits[1][:4])
-        assert (answers.exits == 2).all()
-        assert answers.probabilities.isfinite().all()
-
-
-def test_files_say_what_they_are(digits: tuple[ImageFormat, Tensor], tmp_path: Path) -> None:
-    _, point, exported = exported_exits([math.inf, 0.5], digits, tmp_path, "branchynet")
-    model = onnx.load(exported[0].path)
+def test_files_say_what_they_are(adaptive: Adaptive) -> None:
+    model = onnx.load(adaptive.file)
     onnx.checker.check_model(model, full_check=True)
     facts = {each.key: each.value for each in model.metadata_props}
     assert facts["point"] == "adaptive"
@@ -373,10 +396,13 @@ def test_files_say_what_they_are(digits: tuple[ImageFormat, Tensor], tmp_path: P
     assert facts["onnx"] == onnx.__version__
     assert int(facts["opset"]) == model.opset_import[0].version
     assert "uint8 (N, 1, 32, 32), grey" in facts["images"]
-    assert str(Path(__file__).parent.parent).encode() not in exported[0].path.read_bytes()
-    manifest = json.loads((stages_folder(exported[0].path) / "manifest.json").read_text())
-    assert manifest["criterion"] == point.criterion == "entropy"
-    assert [each["threshold"] for each in manifest["exits"]] == ["inf", 0.5, None]
+    assert str(Path(__file__).parent.parent).encode() not in adaptive.file.read_bytes()
+    manifest = json.loads((stages_folder(adaptive.file) / "manifest.json").read_text())
+    assert manifest["criterion"] == adaptive.point.criterion == facts["criterion"]
+    assert [each["threshold"] for each in manifest["exits"]] == [*adaptive.point.thresholds, None]
+    assert {key: manifest[key] for key in ("point", "torch")} == {
+        key: facts[key] for key in ("point", "torch")
+    }
     inputs = [(each.name, each.type.tensor_type.elem_type) for each in model.graph.input]
     assert inputs == [("images", onnx.TensorProto.UINT8)]
     assert [each.name for each in model.graph.output] == ["probabilities", "exit"]
