@@ -248,8 +248,7 @@ def test_an_exit_holds_no_other_exit_and_nothing_behind_it(
     needed = sum(
         p.numel() for name, p in run.net.named_parameters() if name.rpartition(".")[0] in names
     )
-    assert held == needed
-    assert (point == "full") == (held > 0.5 * sum(p.numel() for p in run.net.parameters()))
+    assert held == needed < sum(p.numel() for p in run.net.parameters())
 
 
 def test_a_width_is_a_narrow_network(digits: tuple[ImageFormat, Tensor]) -> None:
