@@ -36,6 +36,7 @@ from networks.early_exit import (
 from networks.exit_stream import STREAM_BATCH_SIZE, ExitStream, early_exit_stream, join_answers
 from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
 from networks.msdnet import MSDNet
+from networks.only_used import OnlyUsed
 from networks.recalibration import recalibrate
 from networks.recorded_exits import EarlyExit
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
@@ -78,6 +79,7 @@ __all__ = [
     "ExitStream",
     "MSDNet",
     "MultiExitNetwork",
+    "OnlyUsed",
     "Recorder",
     "ResNet",
     "ResNetWithExits",

@@ -138,14 +138,16 @@ class ResidualNetwork(nn.Module):
             raise ValueError("a plain network has no shortcuts, so its blocks cannot be gated")
         if len(gates) != self.num_blocks:
             raise ValueError(f"{len(gates)} gates for {self.num_blocks} blocks: give one per block")
-        gates = torch.as_tensor(gates, dtype=torch.float64, device="cpu")
+        if not isinstance(gates, Tensor):
+            return [float(gate) for gate in gates]
         if gates.dim() == 1:
-            return gates.tolist()
-        if torch.jit.is_tracing():
+            return gates.double().tolist()
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
-                "gates per sample cannot be traced: later batches would have those of the example. "
-                "Export fold_survival_probs(network, survival_probs) instead"
+                "gates per sample cannot be traced or exported: later batches would have those of "
+                "the example. Export fold_survival_probs(network, survival_probs) instead"
             )
+        gates = gates.to("cpu", torch.float64)
         num_images = 0 if images is None else len(images)
         if gates.shape != (self.num_blocks, num_images):
             raise ValueError(
