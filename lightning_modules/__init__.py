@@ -3,6 +3,7 @@
 from lightning_modules.base import ImageClassifier, sgd
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
+from lightning_modules.fitting import check_data
 from lightning_modules.losses import LossNotFinite
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.msdnet import LitMSDNet
@@ -31,6 +32,7 @@ __all__ = [
     "MultiExitClassifier",
     "WarmupMultiStepLR",
     "accuracy_name",
+    "check_data",
     "sgd",
     "survival_probabilities",
     "zero_missing_gradients",
