@@ -165,7 +165,7 @@ def _kept_bytes(network: nn.Module, walk: Walk, images: Tensor) -> dict[str, int
         ref = StorageWeakRef(storage)
         if ref not in known:
             saved.setdefault(ref, (stages[-1], storage.nbytes()))
-        return tensor
+        return tensor.detach()  # with its graph it would hold itself, for good
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         result = walk(images, stages.append)

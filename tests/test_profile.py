@@ -11,6 +11,7 @@ import torchvision
 import yaml
 from rich.console import Console
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.densenet_memory import StorageWatch
 from networks import (
@@ -117,6 +118,22 @@ def test_a_memory_efficient_densenet_shows_what_it_saves():
         assert sum(by_stage.values()) == whole  # no hook has made it keep more
         kept[efficient] = whole
     assert kept[True] < 0.25 * kept[False]
+
+
+def test_a_pass_that_was_measured_leaves_nothing_behind(monkeypatch):
+    """Whoever hands a tensor with its graph to that graph keeps both for good."""
+    network, image, storages = CifarResNet(8), seed_free(1, 3, 32, 32), []
+
+    def watched(storage):
+        storages.append(StorageWeakRef(storage))
+        return storages[-1]
+
+    known = profiling._storages(network, image)
+    monkeypatch.setattr(profiling, "StorageWeakRef", watched)
+    kept_bytes(network, walk_whole("", network), image)
+    others = [ref for ref in storages if ref not in known]
+    assert len(others) > 20
+    assert all(ref.expired() for ref in others)
 
 
 # --- parity ---------------------------------------------------------------------------------------
