@@ -1,14 +1,16 @@
 """Flip, pad, crop and normalise a whole batch of small images at once, on any device.
 
-The papers pad with zeros *after* normalising (the border is the mean colour). Here bytes are padded
-before, and the shift that normalises them is flipped, padded and cropped in the same way:
+The papers pad with zeros *after* normalising (the border is the mean colour). Here the shift that
+normalises bytes is flipped, padded and cropped in the same way as they are:
 
     view(image * scale + shift) = view(image) * scale + view(shift)
     view = crop(pad(flip(.)))    scale = 1 / std    shift = -mean / std
 
-Where a view shows padding both terms are exactly 0. There are only 2 (2 padding + 1)^2 views, so
-those of the shift are tabulated. It is fast because only bytes are moved around, and floats are
-touched in three sweeps.
+Where a view shows padding both terms are exactly 0: what stands there in memory, the bytes before
+or behind the row, is multiplied by 0. There are only 2 (2 padding + 1)^2 views, so those of the
+shift and of where the image is are tabulated. It is fast because only bytes are moved around, and
+floats are touched in three sweeps. A GPU waits for launches instead, so there the scale is
+tabulated, too, which takes 7 kernels.
 """
 
 import torch
@@ -46,20 +48,28 @@ class BatchTransform(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor, padding: int):
         super().__init__()
-        self.padding = padding
-        channels, height, width = (mean.shape[0], *(size + 2 * padding for size in mean.shape[1:]))
+        channels, height, width = mean.shape
+        num_pixels = channels * height * width
+        # What lies on either side of an image and its mirror image, for views that reach beyond.
+        margin = padding * (width + 1)
         offsets = torch.arange(2 * padding + 1)
-        flip, top, left = torch.cartesian_prod(torch.arange(2), offsets, offsets).T.contiguous()
-        # Where the rows of pixels of each view start in a padded image, (num_views, C * H).
-        rows = torch.arange(channels * height).view(channels, height)[:, : mean.shape[1]].flatten()
-        row_starts = (top * width + left)[:, None] + rows * width
+        views = torch.cartesian_prod(torch.arange(2), offsets, offsets)
+        flip, top, left = views.T
+        # Where the rows of pixels of each view start, (num_views, C * H).
+        first = margin + flip * num_pixels + (top - padding) * width + left - padding
+        row_starts = first[:, None] + torch.arange(0, num_pixels, width)
 
-        self.register_buffer("flip", flip)
+        scale, shift = 1 / std, -mean / std
+        both = torch.stack([scale.expand_as(shift), shift])
+        padded = [F.pad(each, [padding] * 4) for each in (both, both.flip(3))]
+        factors = [padded[f][..., y : y + height, x : x + width] for f, y, x in views.tolist()]
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.register_buffer("factors", torch.stack(factors, 1))  # (2, num_views, C, H, W)
+        self.register_buffer("is_inside", (self.factors[0] != 0).byte())
         self.register_buffer("row_starts", row_starts)
-        self.register_buffer("scale", 1 / std)
-        self.register_buffer("shift", -mean / std)
-        copies = self.shift.expand(len(flip), *mean.shape)
-        self.register_buffer("shift_views", self._show(copies, torch.arange(len(flip))))
+        self.register_buffer("margin", torch.zeros(1, margin, dtype=torch.uint8))
+        self.register_buffer("image_starts", torch.empty(0, 1, dtype=torch.int64))
 
     def forward(self, images: Tensor, views: Tensor | None = None) -> Tensor:
         """Normalises, and takes views with zeros around the normalised image.
@@ -72,22 +82,31 @@ class BatchTransform(nn.Module):
             float32 (N, C, H, W).
         """
         if views is None:
-            return torch.addcmul(self.shift, images.float(), self.scale)
-        shown = self._show(images, views).float()
-        return self.shift_views.index_select(0, views).addcmul_(shown, self.scale)
+            return torch.addcmul(self.shift, images, self.scale)
+        blend = self.blend_in_few_kernels if images.is_cuda else self.blend_in_few_bytes
+        return blend(self._show(images, views), views)
+
+    def blend_in_few_kernels(self, shown: Tensor, views: Tensor) -> Tensor:
+        scale, shift = self.factors.index_select(1, views).unbind()
+        return shift.addcmul_(shown, scale)
+
+    def blend_in_few_bytes(self, shown: Tensor, views: Tensor) -> Tensor:
+        shown.mul_(self.is_inside.index_select(0, views))
+        return self.factors[1].index_select(0, views).addcmul_(shown, self.scale)
 
     def _show(self, images: Tensor, views: Tensor) -> Tensor:
-        """Returns the views, (N, C, H, W), of images of any type."""
-        samples = torch.arange(len(images), device=images.device)
+        """Returns the views, uint8 (N, C, H, W), with any bytes where they show padding."""
+        count, width = len(images), images.shape[3]
+        # Mirroring all is faster than finding those to flip, and no GPU has to wait.
+        margin = self.margin.expand(count, -1)
+        parts = margin, images.flatten(1), images.flip(3).flatten(1), margin
+        both = torch.cat(parts, 1)
+        if len(self.image_starts) < count:
+            starts = torch.arange(count, device=images.device) * both.shape[1]
+            self.image_starts = starts[:, None]
 
-        # Flipping all and choosing is faster than finding those to flip, and no GPU has to wait.
-        both = torch.cat([images, images.flip(3)])
-        chosen = both.index_select(0, self.flip.index_select(0, views) * len(images) + samples)
-        padded = F.pad(chosen, [self.padding] * 4)
-
-        # Entry s of the overlapping view `rows` is the row of pixels that starts at pixel s of the
-        # storage, so that a crop is a few copies of whole rows.
-        width = images.shape[3]
-        rows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
-        starts = self.row_starts.index_select(0, views) + samples[:, None] * padded.stride(0)
+        # Entry s of the overlapping view `rows` is the row of pixels that starts at byte s, so that
+        # a crop is a few copies of whole rows.
+        rows = both.as_strided((both.numel() - width + 1, width), (1, 1))
+        starts = self.row_starts.index_select(0, views) + self.image_starts[:count]
         return rows.index_select(0, starts.flatten()).view(images.shape)

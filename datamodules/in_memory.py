@@ -217,10 +217,11 @@ class InMemoryDataModule(ImageDataModule):
         rows, *numbers = (
             send(values.index_select(0, order), device) for values in (indices, *numbers)
         )
+        labels = pool.labels.index_select(0, rows)
         sizes = [len(batch) for batch in batches]
         pins = device != self.root_device and self.root_device.type == "cuda"
         for part, *others in zip(
-            *(values.split(sizes) for values in (rows, *numbers)), strict=True
+            *(values.split(sizes) for values in (rows, labels, *numbers)), strict=True
         ):
-            batch = [values.index_select(0, part) for values in pool] + others
+            batch = [pool.images.index_select(0, part), *others]
             yield tuple(values.pin_memory() for values in batch) if pins else tuple(batch)

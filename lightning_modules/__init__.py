@@ -4,6 +4,7 @@ from lightning_modules.answers import PointAnswers
 from lightning_modules.base import ImageClassifier, sgd
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
+from lightning_modules.fitting import check_data
 from lightning_modules.losses import LossNotFinite
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.msdnet import LitMSDNet
@@ -33,6 +34,7 @@ __all__ = [
     "PointAnswers",
     "WarmupMultiStepLR",
     "accuracy_name",
+    "check_data",
     "sgd",
     "survival_probabilities",
     "zero_missing_gradients",

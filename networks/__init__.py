@@ -37,6 +37,16 @@ from networks.exit_stream import STREAM_BATCH_SIZE, ExitStream, early_exit_strea
 from networks.mobilenet import SlimmableMobileNetV1, SlimmableMobileNetV2
 from networks.msdnet import MSDNet
 from networks.only_used import OnlyUsed
+from networks.profiling import (
+    count_stage_macs,
+    count_stage_params,
+    kept_bytes,
+    peak_bytes,
+    settle_statistics,
+    time_stages,
+    walk_stages,
+    walk_whole,
+)
 from networks.recalibration import recalibrate
 from networks.recorded_exits import EarlyExit
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
@@ -105,6 +115,8 @@ __all__ = [
     "count_macs",
     "count_params",
     "count_params_run",
+    "count_stage_macs",
+    "count_stage_params",
     "early_exit",
     "early_exit_stream",
     "entropy",
@@ -114,14 +126,20 @@ __all__ = [
     "fold_survival_probs",
     "geometric_fractions",
     "join_answers",
+    "kept_bytes",
     "median_seconds",
+    "peak_bytes",
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
     "screen_thresholds",
+    "settle_statistics",
     "thresholds_for_budget",
     "thresholds_for_fractions",
     "time_exits",
     "time_points",
+    "time_stages",
     "wait_for",
+    "walk_stages",
+    "walk_whole",
 ]

@@ -1,8 +1,9 @@
 """What an operating point costs: multiply-accumulates, parameters, and time on a device."""
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -44,20 +45,26 @@ def count_params(network: nn.Module) -> int:
 
 def count_params_run(network: nn.Module, function: Callable[[Tensor], Any], images: Tensor) -> int:
     """Counts the learnable numbers of the layers of `network` that `function` runs on `images`."""
-    used = set()
+    with torch.no_grad(), parameters_run(network) as used:
+        function(images)
+    return sum(parameter.numel() for parameter in used)
+
+
+@contextlib.contextmanager
+def parameters_run(network: nn.Module) -> Iterator[set[nn.Parameter]]:
+    """Gathers the parameters of the layers that have run."""
+    used: set[nn.Parameter] = set()
     hooks = [
-        module.register_forward_pre_hook(
-            lambda module, _: used.update(module.parameters(recurse=False))
+        module.register_forward_hook(
+            lambda module, *_: used.update(module.parameters(recurse=False))
         )
         for module in network.modules()
     ]
     try:
-        with torch.no_grad():
-            function(images)
+        yield used
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(parameter.numel() for parameter in used)
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -103,7 +110,9 @@ def median_seconds(
 
 @torch.no_grad()
 def time_points(
-    points: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Tensor]
+    points: Mapping[str, Callable[[Tensor], object]],
+    batches: Sequence[Tensor],
+    num_rounds: int = NUM_TIMED_ROUNDS,
 ) -> dict[str, float]:
     """Returns the median milliseconds per image of each operating point.
 
@@ -113,6 +122,7 @@ def time_points(
         points: what to run, by name.
         batches: (N, C, H, W) each. Smaller ones than the first are left out: they would be slower
             per image.
+        num_rounds: how often each is run, after a first time that does not count.
     """
     batches = [batch for batch in batches if len(batch) == len(batches[0])]
 
@@ -120,5 +130,5 @@ def time_points(
         return point(batches[(number + 1) % len(batches)])  # the warm-up has number -1
 
     contenders = {name: partial(classify, point) for name, point in points.items()}
-    seconds = median_seconds(contenders, NUM_TIMED_ROUNDS, batches[0].device, num_warmup_rounds=1)
+    seconds = median_seconds(contenders, num_rounds, batches[0].device, num_warmup_rounds=1)
     return {name: 1000 * value / len(batches[0]) for name, value in seconds.items()}

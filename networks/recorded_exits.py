@@ -142,7 +142,8 @@ class NetworkWatch(Watch):
 
     def __init__(self, network: HasExits):
         parts = (network, *network.stages, *network.exits)
-        super().__init__(part for part in parts if isinstance(part, nn.Module))
+        modules = (part for part in parts if isinstance(part, nn.Module))
+        super().__init__(modules, trains=False)
         self._before = self.look()
         self._held = [tensor.detach() for tensor in self.tensors() if tensor is not None]
 

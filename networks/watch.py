@@ -34,6 +34,8 @@ class Look(NamedTuple):
     """What a network was at some moment."""
 
     tensors: list[Tensor | None]
+    there: list[Tensor]
+    """Those that are not None."""
     places: list[int]
     values: list[object]
 
@@ -47,9 +49,16 @@ class Watch:
     Args:
         modules: the network, or parts of it; what is inside them counts, too.
         parents: modules that are no part of it, but whose children are not to change either.
+        trains: whether what is made of it has gradients, and depends on who requires one.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module] = ()):
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        parents: Iterable[nn.Module] = (),
+        trains: bool = True,
+    ):
+        self._trains = trains
         self.modules = list({part: None for module in modules for part in module.modules()})
         self._parents = [m._modules for m in (*parents, *self.modules) if m._modules]
         self._members = self._members_now()
@@ -80,14 +89,23 @@ class Watch:
         """Returns what a recording depends on; waits for no device."""
         tensors = self.tensors()
         there = [each for each in tensors if each is not None]
+        return Look(tensors, there, self._places(there), self._values(there))
+
+    def _places(self, tensors: list[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, tensors))
+
+    def _values(self, tensors: list[Tensor]) -> list[object]:
         values: list[object] = list(map(itemgetter("training"), self._attributes))
-        values += map(attrgetter("requires_grad"), there)
+        if self._trains:
+            values += map(attrgetter("requires_grad"), tensors)
         values += map(dict.__getitem__, *self._scalars)
-        return Look(tensors, list(map(Tensor.data_ptr, there)), values)
+        return values
 
     def is_as(self, before: Look) -> bool:
         """Tells whether the network is what it was; the values of its tensors may have changed."""
-        if not self.is_complete():
-            return False
-        now = self.look()
-        return same(now.tensors, before.tensors) and now[1:] == before[1:]
+        return (
+            self.is_complete()
+            and same(self.tensors(), before.tensors)
+            and self._places(before.there) == before.places
+            and self._values(before.there) == before.values
+        )

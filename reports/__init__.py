@@ -3,6 +3,7 @@
 from reports.aggregate import Experiment, Measured, PointSummary, experiments_of, pareto_front
 from reports.find import find_runs, is_run_folder
 from reports.history import History
+from reports.profile_figure import profile_figure
 from reports.report import run_figures, write_report
 from reports.run_record import PointResult, RunRecord, read_run
 from reports.state import BROKEN, EMPTY, FINISHED, RESUMABLE, RUNNING, is_locked
@@ -26,6 +27,7 @@ __all__ = [
     "is_locked",
     "is_run_folder",
     "pareto_front",
+    "profile_figure",
     "progress",
     "read_run",
     "run_figures",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kernel_count import KernelCount
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -132,6 +133,28 @@ def test_crops_and_flips_are_uniform():
     # Chi-square with 161 degrees of freedom: mean 161, standard deviation 17.9.
     assert 90 < ((counts - 400) ** 2 / 400).sum() < 250
     assert draw_views(1000, padding=4, horizontal_flip=False, seed=0, epoch=0).max() == 80
+
+
+def test_few_kernels_make_what_few_bytes_make():
+    """A GPU blends in one way, and a CPU in the other."""
+    data = ready()
+    for images, _, views in data.train_epoch(epoch=3):
+        of_bytes = data.transform(images, views)
+        shown = data.transform._show(images, views)
+        of_kernels = data.transform.blend_in_few_kernels(shown, views)
+        assert torch.equal(of_kernels, of_bytes)
+        assert torch.equal(of_kernels.signbit(), of_bytes.signbit())
+        assert of_kernels.is_contiguous()
+
+
+def test_a_training_batch_takes_eight_kernels_of_a_gpu(monkeypatch):
+    data = ready(batch_size=7)
+    monkeypatch.setattr(data.transform, "blend_in_few_bytes", data.transform.blend_in_few_kernels)
+    batches = data.train_epoch(epoch=0)
+    data.on_after_batch_transfer(next(batches), 0)  # what an epoch and a transform do once
+    with KernelCount() as kernels:
+        data.on_after_batch_transfer(next(batches), 0)
+    assert kernels.names.total() <= 8
 
 
 def test_without_augmentation_training_images_are_as_stored():

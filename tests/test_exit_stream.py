@@ -30,6 +30,7 @@ from networks import (
 from networks.captured import Recorder
 from networks.exit_queue import Queue
 from networks.recorded_exits import NetworkWatch
+from networks.watch import Watch
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 CRITERIA = ["entropy", "confidence"]
@@ -466,3 +467,15 @@ def test_what_is_no_batch_is_refused(batch: object, what: str) -> None:
     network = ResNetWithExits(CifarResNet(8), [1]).eval()
     with pytest.raises(ValueError, match=f"{what} is no batch of images: give tensors"):
         list(early_exit_stream(network, [batch], [0.5]))
+
+
+def test_who_requires_gradients_is_no_matter_of_answers_but_of_training():
+    network = BranchyLeNet().eval()
+    answers, trains = NetworkWatch(network), Watch([network])
+    before = trains.look()
+    assert trains.is_as(before)
+    network.requires_grad_(False)
+    assert not trains.is_as(before)
+    assert not answers.has_changed()
+    network.train()
+    assert answers.has_changed()
