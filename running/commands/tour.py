@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from running.background import start
 from running.commands import report
 from running.history import CSVHistory
-from running.result import RESULT
+from running.result import NAME
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 POLLING = 0.2
@@ -177,7 +177,9 @@ def epochs_done(folder: Path) -> int:
 
 def answer(folder: Path) -> str:
     """Returns, in words, what a run has reached at its cheapest and at its dearest point."""
-    points = sorted(CSVHistory(folder / RESULT).read(), key=lambda point: float(point["macs"]))
+    points = sorted(
+        CSVHistory(folder / f"{NAME}.csv").read(), key=lambda point: float(point["macs"])
+    )
     ends = [points[0], points[-1]] if len(points) > 1 else points
     pairs = [(float(point["test_acc"]), float(point["macs"])) for point in ends]
     return " to ".join(f"{accuracy:.2%} at {macs / 1e6:.1f}M MACs" for accuracy, macs in pairs)
