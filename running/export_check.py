@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
-from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor
 
-from datamodules import ImageDataModule, ImageFormat
+from datamodules import ImageDataModule, ImagesToClassify
 from networks import early_exit, exit_score, median_seconds, run_to_exit
 from running.export_networks import EarlyExit, Network
-from running.loading import LoadedRun, read_config
+from running.loading import LoadedRun, build, read_config
 
 NUM_IMAGES = 1000
 """That are compared, if there are as many."""
@@ -53,14 +51,15 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
         ValueError: they do not fit the network.
     """
     if folder is not None:
-        return images_in(folder, run.image_format), str(folder)
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
+        files = ImagesToClassify(folder, run.image_format)
+        images = [files[index][0] for index in spread(len(files)).tolist()]
+        if any(image is None for image in images):
+            raise ValueError(f"an image in {folder} cannot be decoded: predict --run names it")
+        return torch.stack(images), str(folder)
     try:
-        config = read_config(run.folder)["data"]
-        data = parser.instantiate_classes(parser.parse_object({"data": config})).data
+        data = build("data", ImageDataModule, read_config(run.folder), run.folder)
         data.setup("test")
-        rows = torch.arange(min(NUM_IMAGES, data.num_samples("test")))
+        rows = spread(data.num_samples("test"))
         batches = list(data.load_eval(rows.split(BATCH_SIZE), "test"))
     except Exception as error:  # whatever it lacks
         raise FileNotFoundError(
@@ -72,21 +71,9 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
     )
 
 
-def images_in(folder: Path, image_format: ImageFormat) -> Tensor:
-    channels, height, width = image_format.image_shape
-    if channels not in (1, 3):
-        raise ValueError(f"files cannot be images of {channels} channels")
-    suffixes = set(Image.registered_extensions())
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise FileNotFoundError(f"no images found: looked for {folder}/**/*.jpg and the like")
-    tensors = []
-    for path in paths[:NUM_IMAGES]:
-        with Image.open(path) as image:
-            pixels = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
-        values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-        tensors.append(values.view(height, width, channels).permute(2, 0, 1))
-    return torch.stack(tensors)
+def spread(num_images: int) -> Tensor:
+    """Returns the indices of `NUM_IMAGES` images at most, from all over: folders are sorted."""
+    return torch.arange(0, num_images, max(1, num_images // NUM_IMAGES))[:NUM_IMAGES]
 
 
 # --- answers --------------------------------------------------------------------------------------
