@@ -148,4 +148,6 @@ class ConvNeXt(ResidualNetwork):
         return self.features[0](images)
 
     def head(self, x: Tensor) -> Tensor:
-        return self.classifier(x.mean((2, 3), keepdim=True))
+        # Its gradient, which is the same for all positions, is then in channels_last as well.
+        x = x.permute(0, 2, 3, 1).mean((1, 2), keepdim=True)
+        return self.classifier(x.permute(0, 3, 1, 2))
