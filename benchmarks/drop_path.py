@@ -2,7 +2,7 @@
 
     python -m benchmarks.drop_path
 
-Full steps (forward, loss, backward, SGD) of DeiT-Ti and of a ConvNeXt as small (atto), beside timm's
+Full steps (forward, loss, backward, SGD) of DeiT-Ti and a ConvNeXt as small (atto), beside timm's
 networks of the same layers, which compute every branch and multiply it by a mask. Ours computes a
 branch for the samples that keep it: a fixed number of them, its survival probability times the
 batch (`mode: row`, `rescale: true`, `decay: drop_path`). At rates of 0.1 and 0.4 it keeps 0.95 and

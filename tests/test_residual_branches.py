@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.drop_path import bytes_for_backward
 from networks import (
     CapturedNetwork,
     ConvNeXt,
@@ -232,3 +233,17 @@ def test_recorded_step_has_the_bits_of_the_eager_one(
     assert captured.chain is not None
     assert len(said) == 1
     assert "is recorded" in said[0]
+
+
+def test_memory_for_backward_is_that_of_the_survivors(
+    network: ResidualNetwork, images: Tensor
+) -> None:
+    """Beside the stem, the head and the halvings, half of the samples save half of the bytes."""
+
+    def saved(num_open: int) -> int:
+        gates = torch.zeros(6, NUM_IMAGES)
+        gates[:, :num_open] = 2.0
+        return bytes_for_backward(network, lambda: network(images, gates).sum())
+
+    shared = saved(0)
+    assert (saved(3) - shared) / (saved(6) - shared) == pytest.approx(0.5, abs=0.02)
