@@ -14,6 +14,7 @@ from networks import (
     CapturedNetwork,
     ConvNeXt,
     ResidualNetwork,
+    ResNetWithExits,
     VisionTransformer,
     count_macs,
     count_params,
@@ -207,7 +208,7 @@ def test_copies_run_their_own_modules(
 
 
 def test_replaced_layer_is_the_one_that_runs(network: ResidualNetwork, images: Tensor) -> None:
-    """As quantisation and adapters do it."""
+    """As quantisation and adapters replace one."""
     before = network(images)
     if isinstance(network, VisionTransformer):
         network.encoder.layers[0].ln_2 = nn.Identity()
@@ -233,6 +234,16 @@ def test_recorded_step_has_the_bits_of_the_eager_one(
     assert captured.chain is not None
     assert len(said) == 1
     assert "is recorded" in said[0]
+
+
+def test_exits_between_the_branches(network: ResidualNetwork, images: Tensor) -> None:
+    """Depth times exits: of a user's own exits; those of a ResNet would not fit."""
+    with pytest.raises(ValueError, match="give a (VisionTransformer|ConvNeXt) its early_exits"):
+        ResNetWithExits(network, [4])
+    own = nn.Sequential(nn.Flatten(), nn.LazyLinear(10, dtype=torch.float64))
+    early, last = ResNetWithExits(network, [4], [own])(images, [1.0, 0.0, 1, 1, 0, 1])
+    assert early.shape == (NUM_IMAGES, 10)
+    assert torch.equal(last, network(images, [1.0, 0.0, 1, 1, 0, 1]))
 
 
 def test_memory_for_backward_is_that_of_the_survivors(
