@@ -238,7 +238,7 @@ def test_recorded_step_has_the_bits_of_the_eager_one(
 
 def test_exits_between_the_branches(network: ResidualNetwork, images: Tensor) -> None:
     """Depth times exits: of a user's own exits; those of a ResNet would not fit."""
-    with pytest.raises(ValueError, match="give a (VisionTransformer|ConvNeXt) its early_exits"):
+    with pytest.raises(ValueError, match=r"give a (VisionTransformer|ConvNeXt) its early_exits"):
         ResNetWithExits(network, [4])
     own = nn.Sequential(nn.Flatten(), nn.LazyLinear(10, dtype=torch.float64))
     early, last = ResNetWithExits(network, [4], [own])(images, [1.0, 0.0, 1, 1, 0, 1])
