@@ -3,13 +3,18 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import METHODS, build
+from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from benchmarks.drop_path import bytes_for_backward
+from datamodules import DigitsDataModule
+from lightning_modules import LitResNet
 from networks import (
     CapturedNetwork,
     ConvNeXt,
@@ -258,3 +263,19 @@ def test_memory_for_backward_is_that_of_the_survivors(
 
     shared = saved(0)
     assert (saved(3) - shared) / (saved(6) - shared) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["vision_transformer", "convnext"])
+def test_constant_depth_trains_it_like_any_network(name: str, tmp_path: Path) -> None:
+    net = build(METHODS[name]["init_args"]["net"])
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(LitResNet(net), datamodule=DigitsDataModule(batch_size=32))
+    for key, parameter in net.named_parameters():  # the first step leaves a head that is not 0
+        assert parameter.grad.any(), key
+
+
+def test_images_of_another_size_are_refused_before_training(tmp_path: Path) -> None:
+    module = LitResNet(VisionTransformer(28, 4, 1, 1, 8, 8, num_classes=10, in_channels=1))
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    with pytest.raises(ValueError, match="of 28 x 28 pixels and the data has 32 x 32: set the net"):
+        trainer.fit(module, datamodule=DigitsDataModule(batch_size=32))
