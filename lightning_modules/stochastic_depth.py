@@ -85,7 +85,7 @@ class LitStochasticDepth(ImageClassifier):
     Args:
         net: a network of gated blocks.
         final_survival_prob: p_L, the probability that the last block is open.
-        decay: how p_l falls from 1 to p_L.
+        decay: how p_l falls from 1 to p_L, see `survival_probabilities`.
         mode: one gate per block and mini-"batch", as in the paper, or per block and sample ("row").
         row_counts: of the N samples of a process, "fixed": round(p_l N), one at least, keep a
             block; "random": each by itself. In "row" mode alone.
