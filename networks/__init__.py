@@ -4,6 +4,7 @@ from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, Res
 from networks.captured import Capture, CapturedInference, Recorder, check_capture
 from networks.captured_network import CapturedNetwork
 from networks.choices import check_choice
+from networks.convnext import ConvNeXt
 from networks.cost import (
     NUM_TIMED_ROUNDS,
     TIMED_BATCH_SIZE,
@@ -67,6 +68,7 @@ from networks.thresholds import (
     thresholds_for_budget,
     thresholds_for_fractions,
 )
+from networks.vision_transformer import VisionTransformer
 
 __all__ = [
     "MAX_GRID",
@@ -82,6 +84,7 @@ __all__ = [
     "CapturedNetwork",
     "CifarDenseNet",
     "CifarResNet",
+    "ConvNeXt",
     "Criterion",
     "DenseNet",
     "EarlyExit",
@@ -104,6 +107,7 @@ __all__ = [
     "SlimmableResNet",
     "Staged",
     "SwitchableBatchNorm2d",
+    "VisionTransformer",
     "WidthMult",
     "check_budget",
     "check_capture",

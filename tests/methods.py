@@ -26,6 +26,43 @@ METHODS: dict[str, dict[str, Any]] = {
         "class_path": "lightning_modules.LitStochasticDepth",
         "init_args": {"net": SMALL_NET, "mode": "row", "rescale": True},
     },
+    "vision_transformer": {
+        "class_path": "lightning_modules.LitStochasticDepth",
+        "init_args": {
+            "net": {
+                "class_path": "networks.VisionTransformer",
+                "init_args": {
+                    "image_size": 32,
+                    "patch_size": 8,
+                    "num_layers": 2,
+                    "num_heads": 2,
+                    "hidden_dim": 16,
+                    "mlp_dim": 32,
+                    "num_classes": 10,
+                    "in_channels": 1,
+                    "dropout": 0.1,
+                },
+            },
+            "mode": "row",
+            "rescale": True,
+            "decay": "drop_path",
+        },
+    },
+    "convnext": {
+        "class_path": "lightning_modules.LitStochasticDepth",
+        "init_args": {
+            "net": {
+                "class_path": "networks.ConvNeXt",
+                "init_args": {
+                    "depths": [1, 2],
+                    "channels": [8, 16],
+                    "num_classes": 10,
+                    "in_channels": 1,
+                    "layer_scale": 0.1,
+                },
+            }
+        },
+    },
     "branchynet": {
         "class_path": "lightning_modules.LitBranchyNet",
         "init_args": {
@@ -92,7 +129,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
-VARIANTS = ("resnet", "stochastic_depth_row", "slimmable", "densenet")
+VARIANTS = ("resnet", "stochastic_depth_row", "convnext", "slimmable", "densenet")
 EXPENSIVE = [
     pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in METHODS
 ]
@@ -120,7 +157,7 @@ def config(method: str) -> dict[str, Any]:
         "init_args": {"milestones": [1, 2]},
     }
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
-    if "stochastic_depth" in method:
+    if "StochasticDepth" in model["class_path"]:
         callbacks.append("SurvivalProbabilityLogger")
     if method in ("branchynet", "msdnet"):
         callbacks.append("ExitStatistics")
