@@ -14,6 +14,7 @@ from networks.cost import (
     time_points,
     wait_for,
 )
+from networks.cutting import places_to_cut
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
     Answers,
@@ -56,6 +57,7 @@ from networks.thresholds import (
     thresholds_for_budget,
     thresholds_for_fractions,
 )
+from networks.with_exits import WithExits, with_exits
 
 __all__ = [
     "MAX_GRID",
@@ -93,6 +95,7 @@ __all__ = [
     "Staged",
     "SwitchableBatchNorm2d",
     "WidthMult",
+    "WithExits",
     "check_budget",
     "check_capture",
     "check_choice",
@@ -113,6 +116,7 @@ __all__ = [
     "geometric_fractions",
     "join_answers",
     "median_seconds",
+    "places_to_cut",
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
@@ -122,4 +126,5 @@ __all__ = [
     "time_exits",
     "time_points",
     "wait_for",
+    "with_exits",
 ]
