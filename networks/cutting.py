@@ -130,7 +130,7 @@ def find_end(traced: Trace, module: nn.Module) -> End:
     return ends[0]
 
 
-def write_code(nodes: Sequence[fx.Node], source: fx.Node, result: fx.Node) -> StageCode:
+def write_code(nodes: Sequence[fx.Node], source: fx.Node, result: Any) -> StageCode:
     """Returns the operations between two values as a function of the network and of the first."""
     graph = fx.Graph()
     own = {source: graph.placeholder("state")}
@@ -142,7 +142,7 @@ def write_code(nodes: Sequence[fx.Node], source: fx.Node, result: fx.Node) -> St
 
     for node in nodes:
         own[node] = graph.node_copy(node, here)
-    graph.output(here(result))
+    graph.output(fx.node.map_arg(result, here))
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, "<stage of a network that was cut>", "exec"), namespace)

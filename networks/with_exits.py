@@ -8,6 +8,7 @@ too.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,9 @@ class WithExits(MultiExitNetwork):
     @property
     def stages(self):
         return self._cut.stages
+
+    def in_early_exit(self, key: str) -> bool:
+        return key.startswith("exits.")  # the last has no weights of its own
 
     def load_trunk(self, state_dict: dict[str, Tensor]) -> None:
         """Loads the weights of the network, from one of this class or from the network alone."""
@@ -187,11 +191,12 @@ def versions(state: State) -> list[int]:
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
-    return f"of type {type(value).__name__}"
+    return f"a {type(value).__name__}"
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    text = re.sub(r"Proxy\(\w+\)", "another", str(error))  # of a message that was traced
+    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 # --- exits ----------------------------------------------------------------------------------------
