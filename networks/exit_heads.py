@@ -2,13 +2,14 @@
 
     (N, C, H, W)   mean over the pixels, linear layer
     (N, H, W, C)   the same (Swin)
-    (N, T, C)      the class token if the network has one and reads it, else the mean over the
+    (N, T, C)      mean over the class tokens if the network has some and reads them, else over the
                    tokens that are parts of the image; linear layer
     (N, C)         linear layer
 
 Networks that normalise before their branches (ViT, DeiT, Mixer, Swin, ConvNeXt: those with a
-LayerNorm) have states that nothing has normalised, so a LayerNorm of its own precedes the linear
-layer of every exit. Weights are drawn as torch draws those of `nn.Linear`, from U(-b, b) with
+LayerNorm) have states that nothing has normalised, so every exit has a LayerNorm of its own: before
+the mean, or, as in ConvNeXt, behind that over the pixels of (N, C, H, W).
+Weights are drawn as torch draws those of `nn.Linear`, from U(-b, b) with
 b = 1 / sqrt(inputs), by the global generator.
 """
 
@@ -67,7 +68,10 @@ def default_exit(
     channels = square.shape[1 if layout == "channels_first" else -1]
     tokens = tokens_read(network, square.shape[1]) if layout == "tokens" else None
     norms = [nn.LayerNorm(channels)] if has_layer_norm(network) else []
-    return nn.Sequential(ReadOut(layout, tokens), *norms, nn.Linear(channels, num_classes))
+    layers = [ReadOut(layout, tokens), *norms]
+    if layout in ("tokens", "channels_last"):
+        layers.reverse()
+    return nn.Sequential(*layers, nn.Linear(channels, num_classes))
 
 
 def layout_of(square: Tensor, oblong: Tensor | None) -> Layout:
