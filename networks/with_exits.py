@@ -106,10 +106,10 @@ def with_exits(
 def size_of(network: nn.Module) -> int | None:
     """Returns the side of the images that a network insists on, if it says so."""
     size = getattr(network, "image_size", None)  # as torchvision and this project call it
-    embedding = getattr(network, "patch_embed", None)  # as timm does
-    if getattr(embedding, "strict_img_size", False):
-        height, width = embedding.img_size
-        size = height if height == width else None
+    for module in network.modules():
+        if getattr(module, "strict_img_size", False):  # timm's embedding of patches
+            height, width = module.img_size
+            size = height if height == width else None
     return size if isinstance(size, int) else None
 
 

@@ -736,6 +736,10 @@ def test_yaml_names_a_class_or_a_function(name: str) -> None:
     parser = StrictParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "net")
     net = {"network": SPECS[name], "after": [BEHIND[name]]}
+    if name == "timm":
+        linear = {"class_path": "torch.nn.Linear"}
+        linear["init_args"] = {"in_features": 96, "out_features": 10}
+        net |= {"after": ["global_pool"], "exits": [linear]}
     content = {"net": {"class_path": "networks.WithExits", "init_args": net}}
     parsed = parser.parse_object(content)
     network = parser.instantiate_classes(parsed).net
