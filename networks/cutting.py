@@ -157,13 +157,20 @@ def on_meta(module: nn.Module, training: bool | None = None) -> nn.Module:
     Args:
         module: stays as it is.
         training: mode of all modules of the copy; None: as they are.
+
+    Raises:
+        ValueError: it cannot be copied.
     """
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    twin = copy.deepcopy(module, memo)
+    try:
+        twin = copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{type(module).__name__} cannot be copied: {reason}") from error
     for each in twin.modules() if training is not None else ():
         each.training = training
     return twin

@@ -525,7 +525,14 @@ def hooked() -> nn.Module:
     return network
 
 
+def with_a_state() -> nn.Module:
+    network = Small()
+    network.last = network.fc.weight * 2  # of an earlier forward
+    return network
+
+
 REFUSED = {
+    "no copy": (with_a_state, ["conv"], "Small cannot be copied: Only Tensors created explicitly"),
     "unknown": (
         Small,
         ["encoder.block.0"],
