@@ -15,6 +15,7 @@ from networks.cost import (
     time_points,
     wait_for,
 )
+from networks.cutting import places_to_cut
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
     Answers,
@@ -69,6 +70,7 @@ from networks.thresholds import (
     thresholds_for_fractions,
 )
 from networks.vision_transformer import VisionTransformer
+from networks.with_exits import WithExits, with_exits
 
 __all__ = [
     "MAX_GRID",
@@ -109,6 +111,7 @@ __all__ = [
     "SwitchableBatchNorm2d",
     "VisionTransformer",
     "WidthMult",
+    "WithExits",
     "check_budget",
     "check_capture",
     "check_choice",
@@ -133,6 +136,7 @@ __all__ = [
     "kept_bytes",
     "median_seconds",
     "peak_bytes",
+    "places_to_cut",
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
@@ -146,4 +150,5 @@ __all__ = [
     "wait_for",
     "walk_stages",
     "walk_whole",
+    "with_exits",
 ]

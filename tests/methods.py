@@ -72,6 +72,23 @@ METHODS: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "with_exits": {
+        "class_path": "lightning_modules.LitBranchyNet",
+        "init_args": {
+            "net": {
+                "class_path": "networks.WithExits",
+                "init_args": {
+                    "network": {
+                        "class_path": "timm.create_model",
+                        "init_args": {"model_name": "test_efficientnet"},
+                        # a dropout that its own forward calls as a function
+                        "dict_kwargs": {"num_classes": 10, "in_chans": 1, "drop_rate": 0.2},
+                    },
+                    "after": ["blocks.1.0", "blocks.2"],
+                },
+            }
+        },
+    },
     "slimmable": {
         "class_path": "lightning_modules.LitSlimmable",
         "init_args": {
@@ -137,11 +154,12 @@ EXPENSIVE = [
 
 
 def build(spec: Any) -> Any:
-    """Returns the object that a class and its arguments stand for, or a plain value."""
+    """Returns the object that a class or function and its arguments stand for, or a plain value."""
     if not isinstance(spec, dict):
         return spec
-    room, name = spec["class_path"].split(".")
-    arguments = {key: build(value) for key, value in spec["init_args"].items()}
+    room, name = spec["class_path"].rsplit(".", 1)
+    arguments = {**spec["init_args"], **spec.get("dict_kwargs", {})}
+    arguments = {key: build(value) for key, value in arguments.items()}
     return getattr(importlib.import_module(room), name)(**arguments)
 
 
@@ -159,7 +177,7 @@ def config(method: str) -> dict[str, Any]:
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
     if "StochasticDepth" in model["class_path"]:
         callbacks.append("SurvivalProbabilityLogger")
-    if method in ("branchynet", "msdnet"):
+    if method in ("branchynet", "msdnet", "with_exits"):
         callbacks.append("ExitStatistics")
     if method == "universally_slimmable":
         callbacks.append("BNRecalibration")
