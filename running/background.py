@@ -34,7 +34,7 @@ def _run(args: list[str], log: Path, num_threads: int) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # Ctrl+C goes to all processes of a terminal: the one that shows something answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["main.py", *args]
