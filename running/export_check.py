@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
-from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor
 
-from datamodules import ImageDataModule, ImageFormat
-from networks import early_exit, exit_score, median_seconds, run_to_exit
+from datamodules import ImageDataModule, ImageFormat, ImagesToClassify
+from networks import exit_score, median_seconds, run_to_exit
 from running.export_networks import EarlyExit, Network
-from running.loading import LoadedRun, read_config
+from running.loading import LoadedRun, build_part, read_config
 
 NUM_IMAGES = 1000
 """That are compared, if there are as many."""
@@ -54,11 +52,8 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
     """
     if folder is not None:
         return images_in(folder, run.image_format), str(folder)
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
     try:
-        config = read_config(run.folder)["data"]
-        data = parser.instantiate_classes(parser.parse_object({"data": config})).data
+        data = build_part("data", ImageDataModule, read_config(run.folder), run.folder)
         data.setup("test")
         rows = torch.arange(min(NUM_IMAGES, data.num_samples("test")))
         batches = list(data.load_eval(rows.split(BATCH_SIZE), "test"))
@@ -73,36 +68,24 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
 
 
 def images_in(folder: Path, image_format: ImageFormat) -> Tensor:
-    channels, height, width = image_format.image_shape
-    if channels not in (1, 3):
-        raise ValueError(f"files cannot be images of {channels} channels")
-    suffixes = set(Image.registered_extensions())
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise FileNotFoundError(f"no images found: looked for {folder}/**/*.jpg and the like")
-    tensors = []
-    for path in paths[:NUM_IMAGES]:
-        with Image.open(path) as image:
-            pixels = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
-        values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-        tensors.append(values.view(height, width, channels).permute(2, 0, 1))
-    return torch.stack(tensors)
+    """Returns the first images that can be decoded, as `predict` prepares them."""
+    files = ImagesToClassify(folder, image_format)
+    batch = next(iter(files.batches(NUM_IMAGES, num_workers=0)))
+    if len(batch.images) == 0:
+        raise ValueError(f"no image in {folder} can be decoded ({batch.errors[0]}): give others")
+    return batch.images.contiguous()
 
 
 # --- answers --------------------------------------------------------------------------------------
 
 
-def checkpoint(run: LoadedRun, name: str, point: Network | EarlyExit) -> Classify:
-    """Returns the operating point as the checkpoint has it."""
-    known = run.point(name)
+def checkpoint(run: LoadedRun, name: str) -> Classify:
+    """Returns the operating point as the checkpoint has it, and as `predict` runs it."""
+    point = run.point(name)
 
-    @torch.no_grad()
     def classify(images: Tensor) -> Answers:
-        normalized = run.image_format.normalize(images)
-        if isinstance(point, Network):
-            return Answers(known.run(normalized).softmax(1))
-        answers = early_exit(run.net, normalized, point.thresholds, point.criterion)
-        return Answers(answers.logits.softmax(1), answers.exit_index + 1)
+        answers = point.classify(images, len(images))
+        return Answers(answers.probabilities, answers.exits)
 
     return classify
 

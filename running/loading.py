@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jsonargparse import ArgumentError
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # data sets take long to import
     from datamodules import ImageFormat
 
 CLASSIFY_BATCH_SIZE = 64
+Built = TypeVar("Built")
 
 
 class Classified(NamedTuple):
@@ -260,7 +261,7 @@ def load_run(
 
     image_format = ImageFormat.from_checkpoint(content["images"])
     with isolate_rng(include_cuda=False), _torch_as_it_was():
-        module = build_module(config["model"], folder)
+        module = build_part("model", ImageClassifier, config, folder)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
         module.eval().to(device)
@@ -324,16 +325,22 @@ def check_content(checkpoint: dict[str, Any], path: Path) -> None:
         )
 
 
-def build_module(config: dict[str, Any], folder: Path) -> ImageClassifier:
-    """Builds the LightningModule that a configuration describes, with random weights.
+def build_part(part: str, base: type[Built], config: dict[str, Any], folder: Path) -> Built:
+    """Builds a part of a run: the LightningModule, with random weights, or the data module.
+
+    Args:
+        part: section of the configuration, "model" or "data".
+        base: what its class must be.
+        config: of the run.
+        folder: of the run, for messages.
 
     Raises:
         ValueError: a class or an argument is not there.
     """
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(ImageClassifier, "model", subclass_mode=True)
+    parser.add_lightning_class_args(base, part, subclass_mode=True)
     try:
-        parsed = parser.parse_object({"model": config})
+        parsed = parser.parse_object({part: config.get(part)})
     except ArgumentError as error:
         raise ValueError(
             f"{folder / 'config.yaml'} does not fit this version ({one_line(error)}): use the "
@@ -342,7 +349,7 @@ def build_module(config: dict[str, Any], folder: Path) -> ImageClassifier:
         ) from error
     # Its new name, and the one that jsonargparse had before 4.49.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parsed).model
+    return instantiate(parsed)[part]
 
 
 def check_device(name: str | torch.device) -> torch.device:

@@ -14,9 +14,10 @@ import onnxruntime
 import pytest
 import torch
 from methods import METHODS, build
+from PIL import Image
 from torch import Tensor, nn
 
-from datamodules import DigitsDataModule, ImageFormat
+from datamodules import DigitsDataModule, ImageFormat, prepare_images
 from networks import (
     BranchyAlexNet,
     BranchyLeNet,
@@ -40,7 +41,7 @@ from networks import (
     run_to_exit,
 )
 from running import LoadedRun
-from running.export_check import Answers, Classify, checkpoint, compare, in_batches
+from running.export_check import Answers, Classify, checkpoint, compare, images_in, in_batches
 from running.export_files import (
     as_json,
     onnx_classifier,
@@ -219,7 +220,7 @@ def test_every_point_is_what_the_checkpoint_says(
     run = fake_run(method, digits)
     before = [tensor.clone() for tensor in run.module.parameters()]
     taken, images = take_out(run, point), digits[1]
-    ours = in_batches(checkpoint(run, point, taken), images, 64)
+    ours = in_batches(checkpoint(run, point), images, 64)
     for kind in ("onnx", "torch"):
         ((_, classify, _),) = write(run, point, taken, kind, tmp_path / kind)
         for size in (7, 1):
@@ -311,7 +312,7 @@ def test_early_exit_is_what_the_checkpoint_says(
     adaptive: Adaptive, digits: tuple[ImageFormat, Tensor]
 ) -> None:
     run, point, images = adaptive.run, adaptive.point, digits[1]
-    ours = in_batches(checkpoint(run, "adaptive", point), images, 64)
+    ours = in_batches(checkpoint(run, "adaptive"), images, 64)
     assert set(ours.exits.tolist()) == {1, 2, 3}
     for classify in (
         onnx_classifier(adaptive.file),
@@ -415,7 +416,7 @@ def test_files_say_what_they_are(adaptive: Adaptive) -> None:
 def test_answers_that_differ_are_refused(digits: tuple[ImageFormat, Tensor]) -> None:
     run = fake_run("branchynet", digits)
     point, images = take_out(run, "adaptive"), digits[1]
-    ours = in_batches(checkpoint(run, "adaptive", point), images, 64)
+    ours = in_batches(checkpoint(run, "adaptive"), images, 64)
     assert compare(run, point, images, ours, ours).difference == 0
     probabilities = ours.probabilities.clone()
     probabilities[3, 0] += 0.01
@@ -427,6 +428,20 @@ def test_answers_that_differ_are_refused(digits: tuple[ImageFormat, Tensor]) -> 
     exits[5] = exits[5] % 3 + 1
     with pytest.raises(ValueError, match="1 of 60 images take another exit"):
         compare(run, point, images, ours, Answers(ours.probabilities, exits))
+
+
+def test_images_of_a_folder_are_what_predict_sees(
+    digits: tuple[ImageFormat, Tensor], tmp_path: Path
+) -> None:
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000  # 16 bits
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    images = images_in(tmp_path, digits[0])
+    assert torch.equal(images, prepare_images([tmp_path / "a.png"], digits[0]))
+    assert images.unique().numel() > 50
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"no image in .* can be decoded \(cannot identify"):
+        images_in(tmp_path, digits[0])
 
 
 def test_ties_are_no_difference(digits: tuple[ImageFormat, Tensor]) -> None:
