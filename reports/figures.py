@@ -6,10 +6,11 @@ from typing import Any
 import altair as alt
 
 from reports.aggregate import Experiment, Measured, PointSummary, mean_curve, pareto_front
-from reports.files import thinned
 from reports.style import DASH_SIZE, INK, Figure, colour, dash, finished, shape
 
 Rows = list[dict[str, Any]]
+MAX_POINTS = 200
+"""Of a line by epoch."""
 MAX_MARKS = 10
 """Of a line by epoch: shapes that tell it from others."""
 MAX_NAMED = 12
@@ -211,6 +212,7 @@ def line_chart(
 
 
 def curve_rows(experiment: Experiment, metric: str, of: str) -> Rows:
+    """Returns a metric by epoch, from 1, as `line_chart` draws it."""
     curve = thinned(list(mean_curve(experiment.one_a_seed, metric).items()))
     step = max(1, len(curve) // MAX_MARKS)
     return [
@@ -218,6 +220,13 @@ def curve_rows(experiment: Experiment, metric: str, of: str) -> Rows:
         | {"value": value.mean, "seeds": value.count, "mark": i % step == 0}
         for i, (epoch, value) in enumerate(curve)
     ]
+
+
+def thinned(line: Sequence[Any]) -> Sequence[Any]:
+    """Returns `MAX_POINTS` of a line at most, evenly spaced, both of its ends among them."""
+    if len(line) <= MAX_POINTS:
+        return line
+    return [line[round(i * (len(line) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
 
 
 def gradient_figure(experiments: Sequence[Experiment], names: Sequence[str]) -> Figure | None:

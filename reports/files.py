@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ import yaml
 
 Row = Mapping[str, str]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
-MAX_POINTS = 200
-"""Points of one line of a figure."""
 
 
 class Unreadable(ValueError):
@@ -97,10 +95,3 @@ def is_archive(path: Path) -> bool:
             return bool(archive.infolist())
     except (BadZipFile, OSError, ValueError, NotImplementedError):
         return False
-
-
-def thinned(line: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
-    """Returns at most so many points of a line, evenly spaced, both of its ends among them."""
-    if len(line) <= most:
-        return list(line)
-    return [line[round(i * (len(line) - 1) / (most - 1))] for i in range(most)]

@@ -27,11 +27,16 @@ class History:
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
-def read_history(folder: Path, monitor: str) -> History:
+def read_history(folder: Path, monitor: str, mode: str) -> History:
     """Reads the metrics of a run folder.
 
     Of an epoch the last value counts, as a run that went on has logged it, but of the training loss
     of steps the mean.
+
+    Args:
+        folder: of the run.
+        monitor: the metric that chooses the best checkpoint.
+        mode: "max" or "min"; anything else: the most of an accuracy, the least of another metric.
 
     Raises:
         reports.files.Unreadable: the file is no CSV.
@@ -41,7 +46,7 @@ def read_history(folder: Path, monitor: str) -> History:
     if "train/loss_epoch" not in curves and "train/loss" in header:
         curves["train/loss_epoch"] = _mean_of_steps(header, rows)
     values = curves.get(monitor, {}).values()
-    pick = max if "acc" in monitor else min
+    pick = {"max": max, "min": min}.get(mode) or (max if "acc" in monitor else min)
     best = pick(values) if values else None
     epochs = [epoch for curve in curves.values() for epoch in curve]
     return History(max(epochs, default=-1) + 1, monitor, best, curves)

@@ -18,14 +18,17 @@ COLUMNS = (
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def large(number: Measured | None) -> str:
-    """Returns a large number in three digits and a unit: 40.6M."""
-    if number is None:
-        return ""
+def in_units(number: float) -> str:
+    """Returns four digits of a number, in thousands (k), millions (M) or more: 40.55M."""
     for unit, name in UNITS:
-        if number.mean >= unit:
-            return f"{number.mean / unit:.3g}{name}"
-    return f"{number.mean:.3g}"
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:.4g}"
+
+
+def large(number: Measured | None) -> str:
+    """Returns the mean of a large number; "" for none."""
+    return "" if number is None else in_units(number.mean)
 
 
 def percent(number: Measured | None) -> str:

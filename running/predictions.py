@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks import class_names
 from lightning_modules import FULL
 
 FILE = "predictions.csv"
@@ -157,8 +158,7 @@ class PredictionWriter(Callback):
     ) -> None:
         probs, exits = outputs if isinstance(outputs, tuple) else (outputs, None)
         self.num_classes = probs.shape[1]
-        numbers = map(str, range(self.num_classes))
-        names = getattr(trainer.datamodule, "class_names", None) or list(numbers)
+        names = [str(name) for name in class_names(trainer, self.num_classes)]
         taken = [None] * len(probs) if exits is None else exits.tolist()
         self.answers += zip(top_classes(probs, names), taken, strict=True)
         known = dict(enumerate(names))

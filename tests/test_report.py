@@ -157,6 +157,15 @@ def test_data_sets_share_no_axis(tmp_path: Path) -> None:
     assert not any('"resnet/x"' in text and '"densenet/x"' in text for text in macs)
 
 
+@pytest.mark.parametrize(("mode", "best"), [("auto", "min"), ("max", "max"), ("min", "min")])
+def test_the_best_is_what_the_run_takes_for_better(mode: str, best: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "resnet")
+    content = config_of(folder) | {"checkpoint": {"monitor": "val/loss", "mode": mode}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    history = read_run(folder).history
+    assert history.best == {"min": min, "max": max}[best](history.curves["val/loss"].values())
+
+
 def test_the_result_of_the_fit_goes_before_that_of_a_later_test(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "resnet")
     header = ("name", "test_acc", "macs", "params", "ms_per_image")
