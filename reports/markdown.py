@@ -69,7 +69,7 @@ def point_cells(experiment: Experiment, front: set[tuple[str, str]]) -> list[tup
     return [
         (
             point.name,
-            "" if point.paper is None else f"{point.paper:.2%}".replace("%", " %"),
+            "" if point.paper is None else f"{100 * point.paper:.2f} %",
             percent(point.acc),
             "" if point.difference is None else f"{point.difference * 100:+.2f}",
             percent(point.top5),

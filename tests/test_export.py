@@ -115,27 +115,41 @@ def draw_statistics(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last).eval()
 
 
+def part_of(name: str) -> tuple[nn.Module, Piece]:
+    """Returns a network, and what is exported of it."""
+    torch.manual_seed(0)
+    network = draw_statistics((NETWORKS | LARGE)[name]())
+    example = torch.zeros(2, 3, 32, 32)
+    part = OnlyUsed(network, network, example)
+    outputs = [f"logits{number}" for number in range(len(as_list(network(example))))]
+    return network, Piece(part, [example], ["images"], outputs)
+
+
 @pytest.mark.parametrize(
     "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 )
-def test_every_network_is_exported_for_any_number_of_images(name: str, tmp_path: Path) -> None:
-    """As a program of torch to the bit, as ONNX to rounding."""
-    torch.manual_seed(0)
-    network = draw_statistics((NETWORKS | LARGE)[name]())
-    example = [torch.zeros(2, 3, 32, 32)]
-    part = OnlyUsed(network, network, example[0])
-    program = to_program(part, example).module()
-    count = len(as_list(network(example[0])))
-    outputs = [f"logits{number}" for number in range(count)]
-    onnx.save_model(to_onnx(Piece(part, example, ["images"], outputs)), tmp_path / "network.onnx")
+def test_every_network_is_a_program_for_any_number_of_images(name: str) -> None:
+    network, piece = part_of(name)
+    program = to_program(piece.module, piece.example).module()
+    for num_images in (1, 3, 7):
+        images = torch.randn(num_images, 3, 32, 32)
+        with torch.no_grad():
+            for logits, same in zip(as_list(network(images)), program([images]), strict=True):
+                assert torch.equal(logits, same)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NETWORKS, *LARGE])
+def test_every_network_is_an_onnx_file_for_any_number_of_images(name: str, tmp_path: Path) -> None:
+    network, piece = part_of(name)
+    onnx.save_model(to_onnx(piece), tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
     for num_images in (1, 3, 7):
         images = torch.randn(num_images, 3, 32, 32)
         with torch.no_grad():
-            expected, found = as_list(network(images)), program([images])
-        others = session.run(None, {"images": images.numpy()})
-        for logits, same, close in zip(expected, found, others, strict=True):
-            assert torch.equal(logits, same)
+            expected = as_list(network(images))
+        found = session.run(None, {"images": images.numpy()})
+        for logits, close in zip(expected, found, strict=True):
             assert np.abs(close - logits.numpy()).max() <= 1e-4 * logits.abs().max()
             assert (close.argmax(1) == logits.argmax(1).numpy()).all()
 
@@ -200,17 +214,20 @@ def fake_run(method: str, digits: tuple[ImageFormat, Tensor], **arguments: objec
     return LoadedRun(Path("runs/method/name/seed0"), module, image_format, Path("last.ckpt"))
 
 
-LONG = ("exit2", "ensemble2", "ensemble3", "w0.6")
+QUICK = {
+    ("resnet", "full"),
+    ("stochastic_depth", "full"),
+    ("branchynet", "exit1"),
+    ("msdnet", "exit1"),
+    ("slimmable", "w0.25"),
+    ("universally_slimmable", "w0.25"),
+}
+"""One of each kind; the others are slow."""
 POINTS = [
-    pytest.param(
-        method,
-        point,
-        marks=pytest.mark.slow if point in LONG or method == "stochastic_depth_row" else (),
-    )
+    pytest.param(method, point, marks=() if (method, point) in QUICK else pytest.mark.slow)
     for method in METHODS
     for point in build(METHODS[method]).operating_points()
 ]
-"""All of them; slow are those whose kind is there already."""
 
 
 @pytest.mark.parametrize(("method", "point"), POINTS)
