@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import yaml
 
@@ -82,16 +81,3 @@ def part(tree: Any, *keys: str) -> Any:
 def text(value: Any) -> str:
     """Returns what can be written: names of files may hold bytes that are no characters."""
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def is_archive(path: Path) -> bool:
-    """Tells whether a checkpoint ends as an archive does.
-
-    Its table of contents stands at the end, so that a file which was cut off has none. Its tensors
-    are not read: that would take a second per gigabyte.
-    """
-    try:
-        with ZipFile(path) as archive:
-            return bool(archive.infolist())
-    except (BadZipFile, OSError, ValueError, NotImplementedError):
-        return False

@@ -47,8 +47,8 @@ def milliseconds(point: PointSummary) -> str:
     return ", ".join(times)
 
 
-def one_line(values: Sequence[object]) -> str:
-    """Returns what there is, each once."""
+def distinct(values: Sequence[object]) -> str:
+    """Returns the values that there are, each once, on a line."""
     return ", ".join(dict.fromkeys(text(value) for value in values if value not in ("", None)))
 
 
@@ -114,7 +114,7 @@ def points_csv(groups: Mapping[str, Sequence[Experiment]]) -> str:
     for data, experiments in groups.items():
         front = fronts(experiments)
         for experiment in experiments:
-            commits = one_line([run.commit for run in experiment.counted])
+            commits = distinct([run.commit for run in experiment.counted])
             state = states(experiment.counted)
             for point in experiment.points:
                 names = ["?" if seed is None else seed for seed in point.seeds]

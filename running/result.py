@@ -8,7 +8,14 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks import Column, SampledTestImages, Table, class_names, log_panels
+from callbacks import (
+    Column,
+    SampledTestImages,
+    Table,
+    class_names,
+    log_panels,
+    result_file,
+)
 from lightning_modules import accuracy_name
 from networks import NUM_TIMED_ROUNDS, TIMED_BATCH_SIZE, time_points
 from running.wandb_logger import FaultTolerantWandbLogger
@@ -120,7 +127,7 @@ def panels(wandb: Any, table: Table) -> dict[str, Any]:
 
 def result_files(folder: Path, again: bool) -> list[Path]:
     """Returns the files that a test writes, that of `show_points` first."""
-    return [folder / f"{name}{'_again' if again else ''}.csv" for name in FILES]
+    return [result_file(folder, name, again) for name in FILES]
 
 
 def show_points(path: Path) -> None:
