@@ -123,15 +123,15 @@ def cost_chart(
     shown = [name for name in names if any(row["experiment"] == name for row in rows)]
     kinds = [FIXED, *sorted({row["kind"] for row in rows} - {FIXED})]
     line = base.mark_line(strokeWidth=1.8, opacity=0.85).encode(
-        color=colour("experiment", shown, None, names),
-        strokeDash=dash("kind", kinds, None, DASH_SIZE) if len(kinds) > 1 else alt.Undefined,
+        color=colour("experiment", shown, among=names),
+        strokeDash=dash("kind", kinds, symbol_size=DASH_SIZE) if len(kinds) > 1 else alt.Undefined,
         detail="kind:N",
         order="cost:Q",
     )
     bars = base.mark_rule(strokeWidth=1.5).encode(
         y=alt.Y("low:Q", title="test accuracy").scale(zero=False),
         y2="high:Q",
-        color=colour("experiment", shown, None, names),
+        color=colour("experiment", shown, among=names),
     )
     layers = [front, line, bars]
     if len(rows) <= MAX_NAMED:
@@ -139,8 +139,8 @@ def cost_chart(
     # Above all others, so that a mouse finds them.
     points = cost_points(base, title, rows[0]["style"])
     points = points.encode(
-        color=colour("experiment", shown, None, names),
-        shape=shape("experiment", shown, None, names),
+        color=colour("experiment", shown, among=names),
+        shape=shape("experiment", shown, among=names),
     )
     layers.append(points)
     return finished(alt.layer(*layers), rows)
@@ -191,14 +191,14 @@ def line_chart(
     base = alt.Chart().encode(
         x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)).scale(nice=False),
         y=y,
-        color=colour("experiment", shown, None, names),
+        color=colour("experiment", shown, among=names),
     )
     parts = list(dict.fromkeys(row["of"] for row in rows))
     lines = base.mark_line(strokeWidth=1.8).encode(
-        strokeDash=dash("of", parts, None, DASH_SIZE) if parts != [""] else alt.Undefined
+        strokeDash=dash("of", parts, symbol_size=DASH_SIZE) if parts != [""] else alt.Undefined
     )
     marks = base.transform_filter("datum.mark").mark_point(filled=True, size=45, opacity=1)
-    marks = marks.encode(shape=shape("experiment", shown, None, names))
+    marks = marks.encode(shape=shape("experiment", shown, among=names))
     hover = base.mark_point(filled=True, size=120, opacity=0).encode(
         tooltip=[
             alt.Tooltip("experiment:N", title=title),

@@ -18,7 +18,7 @@ from callbacks import (
 )
 from lightning_modules import accuracy_name
 from networks import NUM_TIMED_ROUNDS, TIMED_BATCH_SIZE, time_points
-from running.wandb_logger import FaultTolerantWandbLogger
+from running.tracking import trackers_of
 
 FILES = NAME, CLASSES, CONFUSION = "operating_points", "class_accuracy", "confusion"
 COLUMNS = (
@@ -110,9 +110,8 @@ def tell_wandb(trainer: Trainer, table: Table) -> None:
         for name, *values in table.rows
         for key, value in zip(table.keys[1:], values, strict=True)
     }
-    for logger in trainer.loggers:
-        if isinstance(logger, FaultTolerantWandbLogger):
-            logger.summarize(numbers)
+    for tracker in trackers_of(trainer.loggers):
+        tracker.summarize(numbers)
 
 
 def panels(wandb: Any, table: Table) -> dict[str, Any]:
