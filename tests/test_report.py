@@ -247,6 +247,17 @@ def test_long_learning_curves_are_thinned(tmp_path: Path) -> None:
     assert (validation[0]["epoch"], validation[-1]["epoch"]) == (1, 3000)
 
 
+def test_columns_are_found_by_name(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "msdnet")
+    expected = specs(report(folder, out=tmp_path / "a"))
+    with (folder / "exit_entropy.csv").open() as file:
+        header, *rows = [[*row[2:], *row[:2]] for row in csv.reader(file)]
+    write_csv(folder / "exit_entropy.csv", header, rows)
+    found = specs(report(folder, out=tmp_path / "b"))
+    (name,) = (name for name in found if name.endswith("exit_entropy"))
+    assert found[name] == expected[name]
+
+
 def test_images_of_elsewhere_are_not_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "msdnet")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
