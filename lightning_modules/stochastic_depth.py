@@ -11,6 +11,10 @@ Differences from the released code:
       branch is computed only for the samples that keep it. By default their number is fixed, as in
       DINOv2 (Oquab et al., arXiv 2304.07193): round(p_l N) of N samples, one at least, so that
       every step has the same shapes. `rescale` then divides by the share that survives.
+    * `decay="drop_path"` has the rates of those libraries, which begin with 0 in the first layer.
+      The two branches of a ViT's layer have the same rate, and a gate each:
+
+        p = 1 - (i / (L - 1)) (1 - p_L),  i = 0..L-1 counts the layers
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -36,15 +40,17 @@ from lightning_modules.metrics import FULL
 from lightning_modules.schedules import Interval
 from networks import ResidualNetwork, check_choice
 
-Decay = Literal["linear", "uniform"]
+Decay = Literal["linear", "uniform", "drop_path"]
 Mode = Literal["batch", "row"]
 RowCounts = Literal["fixed", "random"]
 
 
 def survival_probabilities(
-    num_blocks: int, final_survival_prob: float, decay: Decay
+    num_blocks: int, final_survival_prob: float, decay: Decay, blocks_per_layer: int = 1
 ) -> list[float]:
     """Returns p_1..p_L: "linear" falls from 1 at the stem (l = 0) to p_L, "uniform" is p_L.
+
+    "drop_path" falls from 1 in the first layer (timm's rates), the same for all blocks of a layer.
 
     Raises:
         ValueError: `final_survival_prob` is outside (0, 1], or an unknown decay.
@@ -54,6 +60,10 @@ def survival_probabilities(
         raise ValueError(f"final_survival_prob {final_survival_prob} is outside (0, 1]")
     if decay == "uniform":
         return [final_survival_prob] * num_blocks
+    if decay == "drop_path":
+        last = max(1, num_blocks // blocks_per_layer - 1)
+        depths = (block // blocks_per_layer / last for block in range(num_blocks))
+        return [1 - depth * (1 - final_survival_prob) for depth in depths]
     return [
         1 - block / num_blocks * (1 - final_survival_prob) for block in range(1, num_blocks + 1)
     ]
@@ -75,7 +85,7 @@ class LitStochasticDepth(ImageClassifier):
     Args:
         net: a network of gated blocks.
         final_survival_prob: p_L, the probability that the last block is open.
-        decay: how p_l falls from 1 to p_L.
+        decay: how p_l falls from 1 to p_L, see `survival_probabilities`.
         mode: one gate per block and mini-"batch", as in the paper, or per block and sample ("row").
         row_counts: of the N samples of a process, "fixed": round(p_l N), one at least, keep a
             block; "random": each by itself. In "row" mode alone.
@@ -108,7 +118,9 @@ class LitStochasticDepth(ImageClassifier):
         seed: int = 0,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
-        self.survival_probs = survival_probabilities(net.num_blocks, final_survival_prob, decay)
+        self.survival_probs = survival_probabilities(
+            net.num_blocks, final_survival_prob, decay, net.blocks_per_layer
+        )
         check_choice("mode", mode, Mode)
         check_choice("row_counts", row_counts, RowCounts)
         self.mode = mode

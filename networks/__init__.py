@@ -4,6 +4,7 @@ from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, Res
 from networks.captured import Capture, CapturedInference, Recorder, check_capture
 from networks.captured_network import CapturedNetwork
 from networks.choices import check_choice
+from networks.convnext import ConvNeXt
 from networks.cost import (
     NUM_TIMED_ROUNDS,
     TIMED_BATCH_SIZE,
@@ -14,6 +15,7 @@ from networks.cost import (
     time_points,
     wait_for,
 )
+from networks.cutting import places_to_cut
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
     Answers,
@@ -67,6 +69,8 @@ from networks.thresholds import (
     thresholds_for_budget,
     thresholds_for_fractions,
 )
+from networks.vision_transformer import VisionTransformer
+from networks.with_exits import WithExits, with_exits
 
 __all__ = [
     "MAX_GRID",
@@ -82,6 +86,7 @@ __all__ = [
     "CapturedNetwork",
     "CifarDenseNet",
     "CifarResNet",
+    "ConvNeXt",
     "Criterion",
     "DenseNet",
     "EarlyExit",
@@ -104,7 +109,9 @@ __all__ = [
     "SlimmableResNet",
     "Staged",
     "SwitchableBatchNorm2d",
+    "VisionTransformer",
     "WidthMult",
+    "WithExits",
     "check_budget",
     "check_capture",
     "check_choice",
@@ -129,6 +136,7 @@ __all__ = [
     "kept_bytes",
     "median_seconds",
     "peak_bytes",
+    "places_to_cut",
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
@@ -142,4 +150,5 @@ __all__ = [
     "wait_for",
     "walk_stages",
     "walk_whole",
+    "with_exits",
 ]

@@ -28,7 +28,7 @@ from networks.choices import check_choice
 from networks.early_exit import MultiExitNetwork, Staged, run_all_exits
 from networks.initialization import draw_weights
 from networks.residual_blocks import BasicBlock, Gate
-from networks.resnet import CifarResNet, Gates, ResidualNetwork
+from networks.resnet import CifarResNet, Gates, ResidualNetwork, ResNet
 
 Taps = Literal["released", "paper"]
 
@@ -273,7 +273,16 @@ def _run_blocks(steps: Sequence[tuple[nn.Module, Gate]], x: Tensor) -> Tensor:
 
 
 def pooling_exit(trunk: ResidualNetwork, num_blocks: int) -> nn.Sequential:
-    """Returns an exit to put after `num_blocks` blocks: global average pooling, linear layer."""
+    """Returns an exit to put after `num_blocks` blocks: global average pooling, linear layer.
+
+    Raises:
+        ValueError: a trunk that is no ResNet.
+    """
+    if not isinstance(trunk, CifarResNet | ResNet):
+        raise ValueError(
+            f"the exits that are made are those of a ResNet: give a {type(trunk).__name__} its "
+            "early_exits, from what is there to logits"
+        )
     channels = trunk.conv1.out_channels
     if num_blocks:
         last = trunk.blocks[num_blocks - 1].last_layer()

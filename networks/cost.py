@@ -19,8 +19,9 @@ NUM_TIMED_ROUNDS = 5
 
 
 def count_macs(function: Callable[[Tensor], Any], images: Tensor) -> int:
-    """Runs `function` on `images` and counts multiply-accumulates of convolution and linear layers.
+    """Runs `function` on `images`, and counts multiply-accumulates.
 
+    Those of convolutions, linear layers and the two products of attention.
     BN, ReLU, pooling, biases and additions count 0, the convention of the papers (which say
     "FLOPs"). Only what is executed is counted: a closed gate, a narrow width or an early exit costs
     what it costs. Works on the meta device. Put the network in evaluation mode first:

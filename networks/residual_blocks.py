@@ -24,14 +24,14 @@ def add_gated(
     """Returns ``shortcut + gate * residual(x)`` and runs `residual` only where the gate is not 0.
 
     Args:
-        shortcut: (N, C, H, W).
-        residual: the branch, from (n, ...) to (n, C, H, W) for any n.
+        shortcut: (N, ...).
+        residual: the branch, from x's (n, ...) to the shortcut's (n, ...) for any n.
         x: input of the branch, (N, ...).
         gate: None (open), one number, the rows that are open, or a CPU tensor (N,) with a number
             per sample.
 
     Returns:
-        (N, C, H, W). It is `shortcut` itself when nothing was executed.
+        (N, ...). It is `shortcut` itself when nothing was executed.
     """
     if isinstance(gate, Tensor):
         (gate,) = split_rows(gate.unsqueeze(0), x.device)
@@ -42,7 +42,7 @@ def add_gated(
     rows, scale = gate
     branch = residual(x if rows is None else take_rows(x, rows)).to(shortcut.dtype)
     if isinstance(scale, Tensor):
-        branch = branch * scale.to(branch).view(-1, 1, 1, 1)
+        branch = branch * scale.to(branch).view(-1, *[1] * (branch.dim() - 1))
     elif scale != 1:
         branch = branch * scale
     return shortcut + branch if rows is None else add_rows(shortcut, rows, branch)

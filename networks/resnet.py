@@ -46,15 +46,18 @@ Gates = Sequence[float] | Tensor
 
 
 class ResidualNetwork(nn.Module):
-    """What `CifarResNet` and `ResNet` share: a stem, layers of blocks, a head, and gates.
+    """What networks with gates share: a stem, blocks with a residual branch each, and a head.
 
     Attributes:
         num_blocks: number of residual blocks, which is the number of gates.
         num_classes: number of logits.
+        plain: no shortcuts, so no gates.
+        blocks_per_layer: so many blocks in a row are as deep as each other.
     """
 
-    plain: bool
+    plain: bool = False
     num_classes: int
+    blocks_per_layer: int = 1
 
     def add_layers(
         self,
@@ -85,7 +88,7 @@ class ResidualNetwork(nn.Module):
         return channels
 
     def stem(self, images: Tensor) -> Tensor:
-        raise NotImplementedError("the networks for CIFAR and ImageNet begin differently")
+        raise NotImplementedError("each kind of network begins differently")
 
     def head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))

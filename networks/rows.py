@@ -55,8 +55,22 @@ def add_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """Returns x (N, ...), in its memory format, with `values` added to ``x[rows]``."""
     if x.is_contiguous(memory_format=torch.channels_last):
         values = values.permute(0, 2, 3, 1)
-        return x.permute(0, 2, 3, 1).index_add(0, rows, values).permute(0, 3, 1, 2)
-    return x.index_add(0, rows, values)
+        return AddRows.apply(x.permute(0, 2, 3, 1), rows, values).permute(0, 3, 1, 2)
+    return AddRows.apply(x, rows, values)
+
+
+class AddRows(torch.autograd.Function):
+    """`index_add`; torch's keeps the values for backward, of which it reads the shape alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, values: Tensor):
+        ctx.save_for_backward(rows)
+        return x.index_add(0, rows, values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (rows,) = ctx.saved_tensors
+        return gradient, None, gradient.index_select(0, rows)
 
 
 def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from argparse import Action
 from collections.abc import Callable, Iterator, Sequence
 from types import UnionType
@@ -22,6 +23,7 @@ from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from pytorch_lightning.cli import LightningArgumentParser
 
 NO_FILE = '"<unicode string>"'  # what PyYAML calls a text, and jsonargparse hands it nothing else
+UNSAID = "Unable to serialize instance"  # what jsonargparse writes for a value
 UNSET = "is a variable unset? give a value, or leave it out"
 
 _load_yaml = get_loader("yaml")
@@ -45,6 +47,18 @@ class StrictParser(LightningArgumentParser):
     def parse_path(self, path: str | os.PathLike, *rest: Any, **options: Any) -> Namespace:
         with _naming(f'"{path}"'):
             return super().parse_path(path, *rest, **options)
+
+    def dump(self, *rest: Any, **options: Any) -> str:
+        """Leaves out defaults that no YAML can say (torchvision's norm_layer: a partial function).
+
+        They come back by themselves; what stands in their place in jsonargparse's text does not.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f"\\s*{UNSAID}")
+            text = super().dump(*rest, **options)
+        if UNSAID not in text:
+            return text
+        return yaml.safe_dump(_without_unsaid(yaml.safe_load(text)), sort_keys=False)
 
     def link_arguments(self, source: str, target: str, *rest: Any, **options: Any) -> None:
         self.links = [*getattr(self, "links", []), (source, target)]
@@ -189,6 +203,16 @@ def _naming(place: str) -> Iterator[None]:
         if NO_FILE not in str(error):
             raise
         raise ArgumentError(None, str(error).replace(NO_FILE, place)) from error
+
+
+def _without_unsaid(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_unsaid(each)
+        for key, each in value.items()
+        if not (isinstance(each, str) and each.startswith(UNSAID))
+    }
 
 
 def _holds_empty(value: Any) -> bool:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datamodules import ImageDataModule, ImageFormat, ImagesToClassify
+from datamodules import ImageDataModule, ImagesToClassify
 from networks import exit_score, median_seconds, run_to_exit
 from running.export_networks import EarlyExit, Network
-from running.loading import LoadedRun, build_part, read_config
+from running.loading import LoadedRun, build, read_config
 
 NUM_IMAGES = 1000
 """That are compared, if there are as many."""
@@ -51,11 +51,15 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
         ValueError: they do not fit the network.
     """
     if folder is not None:
-        return images_in(folder, run.image_format), str(folder)
+        files = ImagesToClassify(folder, run.image_format)
+        images = [files[index][0] for index in spread(len(files)).tolist()]
+        if any(image is None for image in images):
+            raise ValueError(f"an image in {folder} cannot be decoded: predict --run names it")
+        return torch.stack(images), str(folder)
     try:
-        data = build_part("data", ImageDataModule, read_config(run.folder), run.folder)
+        data = build("data", ImageDataModule, read_config(run.folder), run.folder)
         data.setup("test")
-        rows = torch.arange(min(NUM_IMAGES, data.num_samples("test")))
+        rows = spread(data.num_samples("test"))
         batches = list(data.load_eval(rows.split(BATCH_SIZE), "test"))
     except Exception as error:  # whatever it lacks
         raise FileNotFoundError(
@@ -67,13 +71,9 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
     )
 
 
-def images_in(folder: Path, image_format: ImageFormat) -> Tensor:
-    """Returns the first images that can be decoded, as `predict` prepares them."""
-    files = ImagesToClassify(folder, image_format)
-    batch = next(iter(files.batches(NUM_IMAGES, num_workers=0)))
-    if len(batch.images) == 0:
-        raise ValueError(f"no image in {folder} can be decoded ({batch.errors[0]}): give others")
-    return batch.images.contiguous()
+def spread(num_images: int) -> Tensor:
+    """Returns the indices of `NUM_IMAGES` images at most, from all over: folders are sorted."""
+    return torch.arange(0, num_images, max(1, num_images // NUM_IMAGES))[:NUM_IMAGES]
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Early exit on batches, without the project that trained it: needs onnxruntime and numpy alone.
 
-python run.py IMAGES.npy        # uint8 (N, C, H, W): prints class, probability and exit of each
-
-from run import EarlyExit
-probabilities, exits = EarlyExit()(images)
+python run.py IMAGES.npy prints class, probability and exit of each image, uint8 (N, C, H, W); or
+from run import EarlyExit; probabilities, exits = EarlyExit()(images)
 """
 
 import json

@@ -261,7 +261,7 @@ def load_run(
 
     image_format = ImageFormat.from_checkpoint(content["images"])
     with isolate_rng(include_cuda=False), _torch_as_it_was():
-        module = build_part("model", ImageClassifier, config, folder)
+        module = build("model", ImageClassifier, config, folder)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
         module.eval().to(device)
@@ -325,22 +325,16 @@ def check_content(checkpoint: dict[str, Any], path: Path) -> None:
         )
 
 
-def build_part(part: str, base: type[Built], config: dict[str, Any], folder: Path) -> Built:
-    """Builds a part of a run: the LightningModule, with random weights, or the data module.
-
-    Args:
-        part: section of the configuration, "model" or "data".
-        base: what its class must be.
-        config: of the run.
-        folder: of the run, for messages.
+def build(name: str, base: type[Built], config: dict[str, Any], folder: Path) -> Built:
+    """Builds the "model", with random weights, or the "data" that a configuration describes.
 
     Raises:
         ValueError: a class or an argument is not there.
     """
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(base, part, subclass_mode=True)
+    parser.add_lightning_class_args(base, name, subclass_mode=True)
     try:
-        parsed = parser.parse_object({part: config.get(part)})
+        parsed = parser.parse_object({name: config[name]})
     except ArgumentError as error:
         raise ValueError(
             f"{folder / 'config.yaml'} does not fit this version ({one_line(error)}): use the "
@@ -349,7 +343,7 @@ def build_part(part: str, base: type[Built], config: dict[str, Any], folder: Pat
         ) from error
     # Its new name, and the one that jsonargparse had before 4.49.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parsed)[part]
+    return instantiate(parsed)[name]
 
 
 def check_device(name: str | torch.device) -> torch.device:

@@ -26,12 +26,66 @@ METHODS: dict[str, dict[str, Any]] = {
         "class_path": "lightning_modules.LitStochasticDepth",
         "init_args": {"net": SMALL_NET, "mode": "row", "rescale": True},
     },
+    "vision_transformer": {
+        "class_path": "lightning_modules.LitStochasticDepth",
+        "init_args": {
+            "net": {
+                "class_path": "networks.VisionTransformer",
+                "init_args": {
+                    "image_size": 32,
+                    "patch_size": 8,
+                    "num_layers": 2,
+                    "num_heads": 2,
+                    "hidden_dim": 16,
+                    "mlp_dim": 32,
+                    "num_classes": 10,
+                    "in_channels": 1,
+                    "dropout": 0.1,
+                },
+            },
+            "mode": "row",
+            "rescale": True,
+            "decay": "drop_path",
+        },
+    },
+    "convnext": {
+        "class_path": "lightning_modules.LitStochasticDepth",
+        "init_args": {
+            "net": {
+                "class_path": "networks.ConvNeXt",
+                "init_args": {
+                    "depths": [1, 2],
+                    "channels": [8, 16],
+                    "num_classes": 10,
+                    "in_channels": 1,
+                    "layer_scale": 0.1,
+                },
+            }
+        },
+    },
     "branchynet": {
         "class_path": "lightning_modules.LitBranchyNet",
         "init_args": {
             "net": {
                 "class_path": "networks.ResNetWithExits",
                 "init_args": {"trunk": SMALL_NET, "exits_after": [0, 2]},
+            }
+        },
+    },
+    "with_exits": {
+        "class_path": "lightning_modules.LitBranchyNet",
+        "init_args": {
+            "net": {
+                "class_path": "networks.WithExits",
+                "init_args": {
+                    "network": {
+                        "class_path": "timm.create_model",
+                        "init_args": {"model_name": "test_efficientnet"},
+                        # a dropout that its own forward calls as a function
+                        "dict_kwargs": {"num_classes": 10, "in_chans": 1, "drop_rate": 0.2},
+                    },
+                    "after": ["blocks.1.0", "blocks.2"],
+                },
             }
         },
     },
@@ -92,7 +146,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
-VARIANTS = ("resnet", "stochastic_depth_row", "slimmable", "densenet")
+VARIANTS = ("resnet", "stochastic_depth_row", "convnext", "slimmable", "densenet")
 EXPENSIVE = [
     pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in METHODS
 ]
@@ -100,11 +154,12 @@ EXPENSIVE = [
 
 
 def build(spec: Any) -> Any:
-    """Returns the object that a class and its arguments stand for, or a plain value."""
+    """Returns the object that a class or function and its arguments stand for, or a plain value."""
     if not isinstance(spec, dict):
         return spec
-    room, name = spec["class_path"].split(".")
-    arguments = {key: build(value) for key, value in spec["init_args"].items()}
+    room, name = spec["class_path"].rsplit(".", 1)
+    arguments = {**spec["init_args"], **spec.get("dict_kwargs", {})}
+    arguments = {key: build(value) for key, value in arguments.items()}
     return getattr(importlib.import_module(room), name)(**arguments)
 
 
@@ -120,9 +175,9 @@ def config(method: str) -> dict[str, Any]:
         "init_args": {"milestones": [1, 2]},
     }
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
-    if "stochastic_depth" in method:
+    if "StochasticDepth" in model["class_path"]:
         callbacks.append("SurvivalProbabilityLogger")
-    if method in ("branchynet", "msdnet"):
+    if method in ("branchynet", "msdnet", "with_exits"):
         callbacks.append("ExitStatistics")
     if method == "universally_slimmable":
         callbacks.append("BNRecalibration")

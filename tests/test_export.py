@@ -41,7 +41,7 @@ from networks import (
     run_to_exit,
 )
 from running import LoadedRun
-from running.export_check import Answers, Classify, checkpoint, compare, images_in, in_batches
+from running.export_check import Answers, Classify, checkpoint, compare, find_images, in_batches
 from running.export_files import (
     as_json,
     onnx_classifier,
@@ -450,15 +450,15 @@ def test_answers_that_differ_are_refused(digits: tuple[ImageFormat, Tensor]) -> 
 def test_images_of_a_folder_are_what_predict_sees(
     digits: tuple[ImageFormat, Tensor], tmp_path: Path
 ) -> None:
+    run = fake_run("resnet", digits)
     pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000  # 16 bits
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no image")
-    images = images_in(tmp_path, digits[0])
+    images, _ = find_images(run, tmp_path)
     assert torch.equal(images, prepare_images([tmp_path / "a.png"], digits[0]))
     assert images.unique().numel() > 50
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"no image in .* can be decoded \(cannot identify"):
-        images_in(tmp_path, digits[0])
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"an image in .* cannot be decoded"):
+        find_images(run, tmp_path)
 
 
 def test_ties_are_no_difference(digits: tuple[ImageFormat, Tensor]) -> None:

@@ -4,12 +4,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
 from lightning_modules import FULL, LitStochasticDepth, survival_probabilities
-from networks import CifarResNet
+from networks import CifarResNet, ConvNeXt, VisionTransformer
 
 
 class Stub(LitStochasticDepth):
@@ -46,6 +47,26 @@ def test_linear_decay_counts_from_one() -> None:
     for num_blocks, expected in ((75, 56.0), (600, 449.75), (50, 37.25)):
         assert sum(survival_probabilities(num_blocks, 0.5, "linear")) == pytest.approx(expected)
     assert survival_probabilities(3, 0.7, "uniform") == [0.7, 0.7, 0.7]
+
+
+def test_rates_of_drop_path_are_those_of_timm() -> None:
+    """By layer of a ViT, whose two branches have one rate; by block of a ConvNeXt."""
+    vit = VisionTransformer(8, 4, 5, 2, 8, 8)
+    theirs = timm.models.VisionTransformer(
+        8, 4, embed_dim=8, depth=5, num_heads=2, drop_path_rate=0.4
+    )
+    paths = [path for block in theirs.blocks for path in (block.drop_path1, block.drop_path2)]
+    rates = [getattr(path, "drop_prob", 0.0) for path in paths]  # the first are identities
+    method = LitStochasticDepth(vit, 0.6, decay="drop_path")
+    assert [1 - p for p in method.survival_probs] == pytest.approx(rates)
+
+    convnext = ConvNeXt((1, 2, 1, 3), (4, 4, 4, 4))
+    theirs = timm.models.ConvNeXt(depths=(1, 2, 1, 3), dims=(4, 4, 4, 4), drop_path_rate=0.4)
+    paths = [block.drop_path for stage in theirs.stages for block in stage.blocks]
+    rates = [getattr(path, "drop_prob", 0.0) for path in paths]
+    method = LitStochasticDepth(convnext, 0.6, decay="drop_path")
+    assert [1 - p for p in method.survival_probs] == pytest.approx(rates)
+    assert survival_probabilities(1, 0.6, "drop_path") == [1.0]
 
 
 @pytest.mark.parametrize("prob", [0.0, -0.1, 1.01, math.nan])
