@@ -5,7 +5,7 @@ from callbacks.exit_statistics import ExitStatistics
 from callbacks.gradient_magnitude import GradientMagnitudeLogger
 from callbacks.outlets import Column, Table, class_names, log_metrics, log_panels
 from callbacks.recalibration_sweep import RecalibrationSweep
-from callbacks.sampled_images import SampledTestImages
+from callbacks.sampled_images import SampledTestImages, result_file
 from callbacks.survival_probability import SurvivalProbabilityLogger
 from callbacks.throughput import ThroughputMonitor, peak_flops
 
@@ -23,4 +23,5 @@ __all__ = [
     "log_metrics",
     "log_panels",
     "peak_flops",
+    "result_file",
 ]

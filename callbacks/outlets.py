@@ -45,14 +45,15 @@ class Table:
     def write(self, path: Path) -> None:
         """Writes a CSV file: the old one or the new one, whatever happens meanwhile."""
         part = path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        # Names of classes are those of folders, whose bytes may be no characters.
+        with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows([self.keys, *self.rows])
         os.replace(part, path)
 
     @classmethod
     def read(cls, path: Path, columns: Sequence[Column]) -> "Table":
         """Reads those of the columns that a CSV file has, without format as text."""
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             there = [column for column in columns if column.key in (reader.fieldnames or [])]
             rows = [

@@ -50,7 +50,7 @@ class SampledTestImages(Callback):
 
     def path(self, trainer: Trainer, name: str) -> Path:
         """Returns the path of a CSV file in the run folder."""
-        return Path(trainer.default_root_dir, f"{name}{'_again' if self.again else ''}.csv")
+        return result_file(Path(trainer.default_root_dir), name, self.again)
 
     def take_images(self) -> Tensor:
         """Returns the images, (N, C, H, W), in random order, and forgets them."""
@@ -58,3 +58,8 @@ class SampledTestImages(Callback):
         self._samples = []
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[: self.num_images].to(images.device)]
+
+
+def result_file(folder: Path, name: str, again: bool) -> Path:
+    """Returns the path of a CSV file that a test writes; see `SampledTestImages.again`."""
+    return folder / f"{name}{'_again' if again else ''}.csv"

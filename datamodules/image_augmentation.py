@@ -49,10 +49,15 @@ ASPECTS = (3 / 4, 4 / 3)
 
 
 def evaluation_transform(image_size: int) -> Callable[[Image.Image], Image.Image]:
-    """Resizes the short side to 256 (for 224) and takes the centre."""
+    """Resizes the short side and takes the centre."""
     return transforms.Compose(
-        [transforms.Resize(round(image_size * 256 / 224)), transforms.CenterCrop(image_size)]
+        [transforms.Resize(evaluation_side(image_size)), transforms.CenterCrop(image_size)]
     )
+
+
+def evaluation_side(image_size: int) -> int:
+    """Returns the pixels of the short side before the centre is taken: 256 for 224."""
+    return round(image_size * 256 / 224)
 
 
 def draw_resize_crop(image: Image.Image, image_size: int) -> tuple[Box, Tensor]:

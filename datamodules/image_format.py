@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from datamodules.image_augmentation import evaluation_transform
+from datamodules.image_augmentation import evaluation_side, evaluation_transform
 from datamodules.image_files import as_tensor, to_rgb
 
 GREY, RGB = 1, 3  # channels
@@ -73,6 +73,17 @@ class ImageFormat:
         elif pixels.size != (width, height):
             pixels = pixels.resize((width, height), Image.Resampling.NEAREST)
         return as_tensor(pixels).view(height, width, channels).permute(2, 0, 1)
+
+    @property
+    def preparation(self) -> str:
+        """What `normalize` takes, in words, for those who have files alone."""
+        channels, height, width = self.image_shape
+        colours = {GREY: "grey", RGB: "RGB"}.get(channels, f"{channels} channels")
+        size = "of this size"
+        if self.is_cropped:
+            side = evaluation_side(height)
+            size = f"the centre of an image whose short side was resized to {side} pixels"
+        return f"uint8 (N, {channels}, {height}, {width}), {colours}, 0 to 255, {size}"
 
     def check_channels(self) -> None:
         """Raises ValueError if the network takes neither grey nor coloured images."""

@@ -1,20 +1,16 @@
 """Tables and pictures over operating points and run folders."""
 
 from reports.aggregate import Experiment, Measured, PointSummary, experiments_of, pareto_front
-from reports.find import find_runs, is_run_folder
+from reports.find import find_runs
 from reports.history import History
 from reports.profile_figure import profile_figure
 from reports.report import run_figures, write_report
 from reports.run_record import PointResult, RunRecord, read_run
-from reports.state import BROKEN, EMPTY, FINISHED, RESUMABLE, RUNNING, is_locked
-from reports.tables import age, progress, states
+from reports.state import BROKEN, is_locked
+from reports.tables import age, in_units, progress, states
 
 __all__ = [
     "BROKEN",
-    "EMPTY",
-    "FINISHED",
-    "RESUMABLE",
-    "RUNNING",
     "Experiment",
     "History",
     "Measured",
@@ -24,8 +20,8 @@ __all__ = [
     "age",
     "experiments_of",
     "find_runs",
+    "in_units",
     "is_locked",
-    "is_run_folder",
     "pareto_front",
     "profile_figure",
     "progress",

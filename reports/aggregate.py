@@ -4,11 +4,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from reports.files import text
 from reports.run_record import PointResult, RunRecord
 from reports.state import BROKEN
+
+Key = TypeVar("Key")
 
 
 class Measured(NamedTuple):
@@ -200,18 +202,15 @@ def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[bo
 
 def mean_curve(runs: Sequence[RunRecord], metric: str) -> dict[int, Measured]:
     """Returns a metric of the history by epoch, over the runs that have reached it."""
-    epochs: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        for epoch, value in run.history.curves.get(metric, {}).items():
-            epochs[epoch].append(value)
-    return {epoch: measured(values) for epoch, values in sorted(epochs.items())}
+    means = mean_rows(runs, lambda run: run.history.curves.get(metric, {}).items())
+    return dict(sorted(means.items()))
 
 
 def mean_rows(
-    runs: Sequence[RunRecord], read: Callable[[RunRecord], Iterable[tuple[tuple, float | None]]]
-) -> dict[tuple, Measured]:
+    runs: Sequence[RunRecord], read: Callable[[RunRecord], Iterable[tuple[Key, float | None]]]
+) -> dict[Key, Measured]:
     """Returns the mean over runs of what `read` yields of each: a key and a value."""
-    cells: dict[tuple, list[float]] = defaultdict(list)
+    cells: dict[Key, list[float]] = defaultdict(list)
     for run in runs:
         for key, value in read(run):
             if value is not None:

@@ -3,14 +3,14 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 from PIL import Image
 
-from reports.aggregate import Experiment, mean_rows
+from reports.aggregate import Experiment, Measured, mean_rows
 from reports.figures import curve_rows, line_chart
 from reports.files import Row, number
 from reports.run_record import RunRecord
@@ -100,31 +100,44 @@ def exit_figures(experiment: Experiment) -> list[Figure]:
         means = mean_rows(
             experiment.counted,
             lambda run, column=column: [
-                ((row["point"], row["exit"]), number(row[column]))
+                ((row["exit"], row["point"]), number(row[column]))
                 for row in run.tables.get("exits", ())
             ],
         )
-        if not means:
-            continue
-        rows = [{"point": p, "exit": e, "value": m.mean} for (p, e), m in means.items()]
-        exits = list(dict.fromkeys(row["exit"] for row in rows))
-        points = list(dict.fromkeys(row["point"] for row in rows))
-        chart = (
-            alt.Chart()
-            .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
-            .encode(
-                x=alt.X("exit:N", sort=exits, axis=alt.Axis(labelAngle=0)),
-                y=alt.Y("value:Q", title=label, axis=alt.Axis(format=".0%")).scale(
-                    zero=column == "share"
-                ),
-                color=colour("point", points),
-                shape=shape("point", points),
-                strokeDash=dash("point", points),
-                tooltip=["point:N", "exit:N", alt.Tooltip("value:Q", format=".2%")],
-            )
-        )
-        found.append(Figure(f"exit_{column}", title, caption, finished(chart, rows, 260)))
+        if means:
+            y = alt.Y("value:Q", title=label, axis=alt.Axis(format=".0%"))
+            chart = marked_lines(means, "exit", "point", y.scale(zero=column == "share"))
+            found.append(Figure(f"exit_{column}", title, caption, chart))
     return found
+
+
+def marked_lines(
+    means: Mapping[tuple[str, str], Measured], x: str, by: str, y: alt.Y, title: str | None = None
+) -> dict[str, Any]:
+    """Returns a line for each name of `by`, over those of `x`, in the order of the means.
+
+    Args:
+        means: by names of `x` and of `by`.
+        x: what the horizontal axis holds.
+        by: what tells the lines apart.
+        y: the vertical axis, of `value`.
+        title: of the legend.
+    """
+    rows = [{x: at, by: name, "value": mean.mean} for (at, name), mean in means.items()]
+    ticks, names = ([*dict.fromkeys(row[key] for row in rows)] for key in (x, by))
+    chart = (
+        alt.Chart()
+        .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
+        .encode(
+            x=alt.X(f"{x}:N", sort=ticks, axis=alt.Axis(labelAngle=0)),
+            y=y,
+            color=colour(by, names, title),
+            shape=shape(by, names, title),
+            strokeDash=dash(by, names, title),
+            tooltip=[f"{x}:N", f"{by}:N", alt.Tooltip("value:Q", format=".2%")],
+        )
+    )
+    return finished(chart, rows, 260)
 
 
 def entropy_figure(experiment: Experiment) -> Figure | None:
@@ -133,12 +146,12 @@ def entropy_figure(experiment: Experiment) -> Figure | None:
     for run in experiment.counted:
         for row in run.tables.get("exit_entropy", ()):
             low, high = number(row["from"]), number(row["to"])
-            for name in row.keys() - {"from", "to"}:
-                if low is not None and high is not None:
+            for name in row:
+                if name not in ("from", "to") and low is not None and high is not None:
                     counts[low, high, name] += number(row[name]) or 0.0
     if not counts:
         return None
-    names = list(dict.fromkeys(_exit_names(experiment)))
+    names = list(dict.fromkeys(name for *_, name in counts))
     totals = {name: sum(n for key, n in counts.items() if key[2] == name) or 1 for name in names}
     rows = [
         {"from": low, "to": high, "exit": name, "share": count / totals[name]}
@@ -158,11 +171,6 @@ def entropy_figure(experiment: Experiment) -> Figure | None:
     )
     caption = "Histogram over all test images: 0 is certainty, the right end a uniform guess."
     return Figure("exit_entropy", "Entropy at each exit", caption, finished(chart, rows, 260))
-
-
-def _exit_names(experiment: Experiment) -> list[str]:
-    tables = [run.tables.get("exit_entropy", ()) for run in experiment.counted]
-    return [name for table in tables for row in table[:1] for name in list(row)[2:]]
 
 
 def thresholds_figure(experiment: Experiment) -> Figure | None:
@@ -210,24 +218,11 @@ def recalibration_figure(experiment: Experiment) -> Figure | None:
     )
     if not means:
         return None
-    rows = [{"width": w, "origin": o, "value": m.mean} for (w, o), m in means.items()]
-    widths = list(dict.fromkeys(row["width"] for row in rows))
-    origins = list(dict.fromkeys(row["origin"] for row in rows))
-    chart = (
-        alt.Chart()
-        .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
-        .encode(
-            x=alt.X("width:N", sort=widths, axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("value:Q", title="test accuracy", axis=alt.Axis(format=".0%")),
-            color=colour("origin", origins, "BN statistics"),
-            shape=shape("origin", origins, "BN statistics"),
-            strokeDash=dash("origin", origins, "BN statistics"),
-            tooltip=["width:N", "origin:N", alt.Tooltip("value:Q", format=".2%")],
-        )
-    )
+    y = alt.Y("value:Q", title="test accuracy", axis=alt.Axis(format=".0%"))
+    chart = marked_lines(means, "width", "origin", y, "BN statistics")
     caption = "With the BN statistics of the widest, and recalibrated on so many training images."
     title = "Widths before and after recalibration"
-    return Figure("recalibration", title, caption, finished(chart, rows, 260))
+    return Figure("recalibration", title, caption, chart)
 
 
 def confusion_figure(experiment: Experiment, notes: list[str]) -> Figure | None:

@@ -6,10 +6,11 @@ from typing import Any
 import altair as alt
 
 from reports.aggregate import Experiment, Measured, PointSummary, mean_curve, pareto_front
-from reports.files import thinned
 from reports.style import DASH_SIZE, INK, Figure, colour, dash, finished, shape
 
 Rows = list[dict[str, Any]]
+MAX_POINTS = 200
+"""Of a line by epoch."""
 MAX_MARKS = 10
 """Of a line by epoch: shapes that tell it from others."""
 MAX_NAMED = 12
@@ -122,15 +123,15 @@ def cost_chart(
     shown = [name for name in names if any(row["experiment"] == name for row in rows)]
     kinds = [FIXED, *sorted({row["kind"] for row in rows} - {FIXED})]
     line = base.mark_line(strokeWidth=1.8, opacity=0.85).encode(
-        color=colour("experiment", shown, None, names),
-        strokeDash=dash("kind", kinds, None, DASH_SIZE) if len(kinds) > 1 else alt.Undefined,
+        color=colour("experiment", shown, among=names),
+        strokeDash=dash("kind", kinds, symbol_size=DASH_SIZE) if len(kinds) > 1 else alt.Undefined,
         detail="kind:N",
         order="cost:Q",
     )
     bars = base.mark_rule(strokeWidth=1.5).encode(
         y=alt.Y("low:Q", title="test accuracy").scale(zero=False),
         y2="high:Q",
-        color=colour("experiment", shown, None, names),
+        color=colour("experiment", shown, among=names),
     )
     layers = [front, line, bars]
     if len(rows) <= MAX_NAMED:
@@ -138,8 +139,8 @@ def cost_chart(
     # Above all others, so that a mouse finds them.
     points = cost_points(base, title, rows[0]["style"])
     points = points.encode(
-        color=colour("experiment", shown, None, names),
-        shape=shape("experiment", shown, None, names),
+        color=colour("experiment", shown, among=names),
+        shape=shape("experiment", shown, among=names),
     )
     layers.append(points)
     return finished(alt.layer(*layers), rows)
@@ -190,14 +191,14 @@ def line_chart(
     base = alt.Chart().encode(
         x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)).scale(nice=False),
         y=y,
-        color=colour("experiment", shown, None, names),
+        color=colour("experiment", shown, among=names),
     )
     parts = list(dict.fromkeys(row["of"] for row in rows))
     lines = base.mark_line(strokeWidth=1.8).encode(
-        strokeDash=dash("of", parts, None, DASH_SIZE) if parts != [""] else alt.Undefined
+        strokeDash=dash("of", parts, symbol_size=DASH_SIZE) if parts != [""] else alt.Undefined
     )
     marks = base.transform_filter("datum.mark").mark_point(filled=True, size=45, opacity=1)
-    marks = marks.encode(shape=shape("experiment", shown, None, names))
+    marks = marks.encode(shape=shape("experiment", shown, among=names))
     hover = base.mark_point(filled=True, size=120, opacity=0).encode(
         tooltip=[
             alt.Tooltip("experiment:N", title=title),
@@ -211,6 +212,7 @@ def line_chart(
 
 
 def curve_rows(experiment: Experiment, metric: str, of: str) -> Rows:
+    """Returns a metric by epoch, from 1, as `line_chart` draws it."""
     curve = thinned(list(mean_curve(experiment.one_a_seed, metric).items()))
     step = max(1, len(curve) // MAX_MARKS)
     return [
@@ -218,6 +220,13 @@ def curve_rows(experiment: Experiment, metric: str, of: str) -> Rows:
         | {"value": value.mean, "seeds": value.count, "mark": i % step == 0}
         for i, (epoch, value) in enumerate(curve)
     ]
+
+
+def thinned(line: Sequence[Any]) -> Sequence[Any]:
+    """Returns `MAX_POINTS` of a line at most, evenly spaced, both of its ends among them."""
+    if len(line) <= MAX_POINTS:
+        return line
+    return [line[round(i * (len(line) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
 
 
 def gradient_figure(experiments: Sequence[Experiment], names: Sequence[str]) -> Figure | None:

@@ -2,18 +2,15 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import yaml
 
 Row = Mapping[str, str]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
-MAX_POINTS = 200
-"""Points of one line of a figure."""
 
 
 class Unreadable(ValueError):
@@ -84,23 +81,3 @@ def part(tree: Any, *keys: str) -> Any:
 def text(value: Any) -> str:
     """Returns what can be written: names of files may hold bytes that are no characters."""
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def is_archive(path: Path) -> bool:
-    """Tells whether a checkpoint ends as an archive does.
-
-    Its table of contents stands at the end, so that a file which was cut off has none. Its tensors
-    are not read: that would take a second per gigabyte.
-    """
-    try:
-        with ZipFile(path) as archive:
-            return bool(archive.infolist())
-    except (BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
-
-
-def thinned(line: Sequence[Any], most: int = MAX_POINTS) -> list[Any]:
-    """Returns at most so many points of a line, evenly spaced, both of its ends among them."""
-    if len(line) <= most:
-        return list(line)
-    return [line[round(i * (len(line) - 1) / (most - 1))] for i in range(most)]

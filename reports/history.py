@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from reports.files import number, read_columns
 
@@ -27,31 +28,32 @@ class History:
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
-def read_history(folder: Path, monitor: str) -> History:
+def read_history(folder: Path, monitor: str, mode: str) -> History:
     """Reads the metrics of a run folder.
 
     Of an epoch the last value counts, as a run that went on has logged it, but of the training loss
     of steps the mean.
 
+    Args:
+        folder: of the run.
+        monitor: the metric that chooses the best checkpoint.
+        mode: "max" or "min"; anything else: the most of an accuracy, the least of another metric.
+
     Raises:
         reports.files.Unreadable: the file is no CSV.
     """
-    header, rows = read_columns(folder / "metrics.csv")
-    curves = _curves(header, rows)
-    if "train/loss_epoch" not in curves and "train/loss" in header:
-        curves["train/loss_epoch"] = _mean_of_steps(header, rows)
+    curves = _curves(*read_columns(folder / "metrics.csv"))
     values = curves.get(monitor, {}).values()
-    pick = max if "acc" in monitor else min
+    pick = {"max": max, "min": min}.get(mode) or (max if "acc" in monitor else min)
     best = pick(values) if values else None
     epochs = [epoch for curve in curves.values() for epoch in curve]
     return History(max(epochs, default=-1) + 1, monitor, best, curves)
 
 
 def _curves(header: list[str], rows: list[list[str]]) -> dict[str, Curve]:
-    if "epoch" not in header:
-        return {}
-    at = header.index("epoch")
-    curves: dict[str, Curve] = {}
+    """Returns the curve of each metric, and `train/loss_epoch` where only steps have a loss."""
+    at = header.index("epoch") if "epoch" in header else len(header)
+    values: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         epoch = number(row[at]) if len(row) > at else None
         if epoch is None or not 0 <= epoch < 1e9:
@@ -60,16 +62,9 @@ def _curves(header: list[str], rows: list[list[str]]) -> dict[str, Curve]:
             if cell and name not in ("epoch", "step") and not name.startswith("test/"):
                 value = number(cell)
                 if value is not None:
-                    curves.setdefault(name, {})[int(epoch)] = value
+                    values.setdefault(name, {}).setdefault(int(epoch), []).append(value)
+    last = {name: {epoch: each[-1] for epoch, each in of.items()} for name, of in values.items()}
+    losses = values.get("train/loss", {})
+    mean = {epoch: fmean(each) for epoch, each in losses.items()}
+    curves = ({"train/loss_epoch": mean} if mean else {}) | last
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
-
-
-def _mean_of_steps(header: list[str], rows: list[list[str]]) -> Curve:
-    at, where = header.index("epoch") if "epoch" in header else 0, header.index("train/loss")
-    losses: dict[int, list[float]] = {}
-    for row in rows:
-        if len(row) > max(at, where):
-            epoch, loss = number(row[at]), number(row[where])
-            if epoch is not None and loss is not None:
-                losses.setdefault(int(epoch), []).append(loss)
-    return {epoch: sum(values) / len(values) for epoch, values in sorted(losses.items())}

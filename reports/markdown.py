@@ -9,11 +9,11 @@ from reports.run_record import RunRecord
 from reports.style import Figure
 from reports.tables import (
     age,
+    distinct,
     findings,
     fronts,
     large,
     milliseconds,
-    one_line,
     percent,
     progress,
     seeds,
@@ -57,9 +57,9 @@ def provenance(experiment: Experiment) -> str:
     parts = [
         f"seeds: {seeds(experiment)}" if runs else "no result yet",
         states(experiment.runs),
-        f"commit: {one_line([run.commit for run in runs])}",
-        f"device: {one_line([run.device for run in runs])}",
-        f"paper: {one_line([run.paper_source for run in runs])}",
+        f"commit: {distinct([run.commit for run in runs])}",
+        f"device: {distinct([run.device for run in runs])}",
+        f"paper: {distinct([run.paper_source for run in runs])}",
     ]
     return "; ".join(part for part in parts if not part.endswith(": "))
 
@@ -69,7 +69,7 @@ def point_cells(experiment: Experiment, front: set[tuple[str, str]]) -> list[tup
     return [
         (
             point.name,
-            "" if point.paper is None else f"{point.paper:.2%}".replace("%", " %"),
+            "" if point.paper is None else f"{100 * point.paper:.2f} %",
             percent(point.acc),
             "" if point.difference is None else f"{point.difference * 100:+.2f}",
             percent(point.top5),

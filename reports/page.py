@@ -1,9 +1,9 @@
 """`index.html`: the report as one file, which needs no network."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from reports.aggregate import Experiment
 from reports.markdown import HEADINGS, RUN_HEADINGS, point_cells, provenance, run_cells
@@ -19,31 +19,22 @@ MAX_OPEN = 6
 NUMBERS = {"paper", "ours", "difference", "top 5", "ECE", "MACs", "parameters", "ms per image"}
 
 
-class Detail:
+class Detail(NamedTuple):
     """The figures of one experiment, and sentences on those that it lacks."""
 
-    def __init__(self, name: str, figures: Sequence[Figure], notes: Sequence[str]):
-        self.name = name
-        self.figures = figures
-        self.notes = notes
+    name: str
+    figures: Sequence[Figure]
+    notes: Sequence[str]
 
 
-class Section:
+class Section(NamedTuple):
     """What a report says of one data set."""
 
-    def __init__(
-        self,
-        data: str,
-        experiments: Sequence[Experiment],
-        figures: Sequence[Figure],
-        details: Sequence[Detail],
-        notes: Sequence[str],
-    ):
-        self.data = data
-        self.experiments = experiments
-        self.figures = figures
-        self.details = details
-        self.notes = notes
+    data: str
+    experiments: Sequence[Experiment]
+    figures: Sequence[Figure]
+    details: Sequence[Detail]
+    notes: Sequence[str]
 
 
 def page(records: Sequence[RunRecord], sections: Sequence[Section]) -> str:
@@ -111,11 +102,8 @@ def _points(experiments: Sequence[Experiment]) -> str:
     front = fronts(experiments)
     headings = HEADINGS[:-1]  # a mark at the name says what the last column says
     rows = {each.name: point_cells(each, front) for each in experiments}
-    used = [
-        i == 0 or any(row[i] for of_one in rows.values() for row in of_one)
-        for i in range(len(headings))
-    ]
-    kept = [i for i, is_used in enumerate(used) if is_used]
+    all_rows = [row for of_one in rows.values() for row in of_one]
+    kept = [i for i in range(len(headings)) if i == 0 or any(row[i] for row in all_rows)]
     bodies = []
     for experiment in experiments:
         notes = "".join(f"<span>{escape(note)}</span>" for note in experiment.notes)
@@ -163,17 +151,15 @@ def _detail(anchor: str, detail: Detail, is_open: bool, specs: dict[str, Any]) -
 
 def _runs(records: Sequence[RunRecord]) -> str:
     """Returns the table of runs, those first that a reader must know of."""
-    ordered = sorted(records, key=lambda record: not record.why)
     rows = []
-    for record in ordered:
+    for record in sorted(records, key=lambda record: not record.why):
         cells = "".join(
             f"<td{' class=text' if i < 2 else ''}>{escape(cell)}</td>"
             for i, cell in enumerate(run_cells(record))
         )
         rows.append(f"<tr{' class=broken' if record.state == BROKEN else ''}>{cells}</tr>")
     heads = "".join(f"<th>{heading}</th>" for heading in RUN_HEADINGS)
-    table: Mapping[str, str] = {"head": heads, "rows": "".join(rows)}
     return (
-        '<section id="runs"><h2>Runs</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
-        "<tbody>{rows}</tbody></table></div></section>"
-    ).format(**table)
+        f'<section id="runs"><h2>Runs</h2><div class="wide"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )

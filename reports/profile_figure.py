@@ -5,6 +5,8 @@ from typing import Any
 
 import altair as alt
 
+from reports.style import OKABE_ITO, SHAPES
+
 WIDTH = 560
 METRICS = {
     "macs": "MACs",
@@ -31,7 +33,7 @@ def profile_figure(rows: Sequence[Mapping[str, Any]]) -> alt.VConcatChart:
 def _scatter(points: list[dict[str, Any]]) -> alt.LayerChart:
     batch_size, device = points[0]["batch_size"], points[0]["device"]
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("macs:Q", title="MACs per image", scale=alt.Scale(type="log"), axis=_si()),
+        x=alt.X("macs:Q", title="MACs per image", axis=alt.Axis(format="~s")).scale(type="log"),
         y=alt.Y(
             "ms_in_batch:Q",
             title=f"ms per image, batch of {batch_size}",
@@ -40,8 +42,8 @@ def _scatter(points: list[dict[str, Any]]) -> alt.LayerChart:
     )
     legend = alt.Legend(orient="top", direction="vertical", labelLimit=WIDTH)
     marks = base.mark_point(filled=True, size=70).encode(
-        color=alt.Color("experiment:N", title=None, legend=legend),
-        shape=alt.Shape("experiment:N", title=None, legend=legend),
+        color=alt.Color("experiment:N", title=None, legend=legend).scale(range=list(OKABE_ITO)),
+        shape=alt.Shape("experiment:N", title=None, legend=legend).scale(range=list(SHAPES)),
     )
     names = base.mark_text(align="left", dx=6, dy=-6, fontSize=10).encode(text="name:N")
     return alt.layer(marks, names).properties(
@@ -76,7 +78,3 @@ def _shares(stages: list[dict[str, Any]]) -> list[alt.Chart]:
             .properties(width=WIDTH, height=90, title=f"stages of {experiment}")
         )
     return charts
-
-
-def _si() -> alt.Axis:
-    return alt.Axis(format="~s")

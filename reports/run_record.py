@@ -120,10 +120,9 @@ def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
         describe(record, config, start)
     except RecursionError:
         problems.append("config.yaml refers to itself")
-    monitor = part(config, "checkpoint", "monitor")
-    record.history = attempt(
-        read_history, folder, monitor if isinstance(monitor, str) else "val/acc", default=History()
-    )
+    monitor, mode = (part(config, "checkpoint", key) for key in ("monitor", "mode"))
+    monitor = monitor if isinstance(monitor, str) else "val/acc"
+    record.history = attempt(read_history, folder, monitor, str(mode), default=History())
     points, record.is_again = attempt(read_result, folder, default=([], False))
     for name, columns in TABLES.items():
         rows, _ = attempt(_own_or_again, folder, name, columns, default=([], False))

@@ -18,14 +18,17 @@ COLUMNS = (
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def large(number: Measured | None) -> str:
-    """Returns a large number in three digits and a unit: 40.6M."""
-    if number is None:
-        return ""
+def in_units(number: float) -> str:
+    """Returns four digits of a number, in thousands (k), millions (M) or more: 40.55M."""
     for unit, name in UNITS:
-        if number.mean >= unit:
-            return f"{number.mean / unit:.3g}{name}"
-    return f"{number.mean:.3g}"
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:.4g}"
+
+
+def large(number: Measured | None) -> str:
+    """Returns the mean of a large number; "" for none."""
+    return "" if number is None else in_units(number.mean)
 
 
 def percent(number: Measured | None) -> str:
@@ -44,8 +47,8 @@ def milliseconds(point: PointSummary) -> str:
     return ", ".join(times)
 
 
-def one_line(values: Sequence[object]) -> str:
-    """Returns what there is, each once."""
+def distinct(values: Sequence[object]) -> str:
+    """Returns the values that there are, each once, on a line."""
     return ", ".join(dict.fromkeys(text(value) for value in values if value not in ("", None)))
 
 
@@ -111,7 +114,7 @@ def points_csv(groups: Mapping[str, Sequence[Experiment]]) -> str:
     for data, experiments in groups.items():
         front = fronts(experiments)
         for experiment in experiments:
-            commits = one_line([run.commit for run in experiment.counted])
+            commits = distinct([run.commit for run in experiment.counted])
             state = states(experiment.counted)
             for point in experiment.points:
                 names = ["?" if seed is None else seed for seed in point.seeds]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules import ImageDataModule, ImagesToClassify
-from networks import early_exit, exit_score, median_seconds, run_to_exit
+from networks import exit_score, median_seconds, run_to_exit
 from running.export_networks import EarlyExit, Network
 from running.loading import LoadedRun, build, read_config
 
@@ -79,17 +79,13 @@ def spread(num_images: int) -> Tensor:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def checkpoint(run: LoadedRun, name: str, point: Network | EarlyExit) -> Classify:
-    """Returns the operating point as the checkpoint has it."""
-    known = run.point(name)
+def checkpoint(run: LoadedRun, name: str) -> Classify:
+    """Returns the operating point as the checkpoint has it, and as `predict` runs it."""
+    point = run.point(name)
 
-    @torch.no_grad()
     def classify(images: Tensor) -> Answers:
-        normalized = run.image_format.normalize(images)
-        if isinstance(point, Network):
-            return Answers(known.run(normalized).softmax(1))
-        answers = early_exit(run.net, normalized, point.thresholds, point.criterion)
-        return Answers(answers.logits.softmax(1), answers.exit_index + 1)
+        answers = point.classify(images, len(images))
+        return Answers(answers.probabilities, answers.exits)
 
     return classify
 

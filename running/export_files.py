@@ -83,20 +83,13 @@ def describe(run: LoadedRun, name: str) -> dict[str, Any]:
     """Returns what whoever gets a file has to know."""
     import onnx
 
-    channels, height, width = run.image_format.image_shape
-    colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-    prepared = "of this size"
-    if run.image_format.is_cropped:
-        short = round(height * 256 / 224)
-        prepared = f"the centre of an image whose short side was resized to {short} pixels"
     return {
         "point": name,
         "run": "/".join(run.folder.resolve().parts[-3:]),
         "data": run.image_format.data,
         "class_names": run.image_format.class_names,
-        "image_shape": [channels, height, width],
-        "images": f"uint8 (N, {channels}, {height}, {width}), {colours}, 0 to 255, {prepared}; "
-        "normalisation is part of the network",
+        "image_shape": list(run.image_format.image_shape),
+        "images": f"{run.image_format.preparation}; normalisation is part of the network",
         "torch": str(torch.__version__),
         "onnx": onnx.__version__,
         "project_commit": environment()["git_commit"],

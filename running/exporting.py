@@ -75,7 +75,7 @@ def check_and_time(
 ) -> None:
     """Writes the files of a point, compares them with the checkpoint, and measures."""
     images, source = find_images(run, folder)
-    ours = checkpoint(run, name, point)
+    ours = checkpoint(run, name)
     answers = in_batches(ours, images, BATCH_SIZE)
     print(f"checking {name} of {run.folder} on {source}")
     for path, classify, batch_sizes in write(run, name, point, kind, file):

@@ -252,7 +252,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: no keys and values.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: correct it, or delete it") from error
     if not isinstance(content, dict):

@@ -45,7 +45,7 @@ class CSVHistory(Logger):
         row = {"step": str(step), **{key: repr(float(value)) for key, value in metrics.items()}}
         columns = self.columns()
         if row.keys() <= set(columns):
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerow(row)
         else:
             self.write([*self.read(), row])
@@ -58,20 +58,20 @@ class CSVHistory(Logger):
     def columns(self) -> list[str]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file).fieldnames or [])
 
     def read(self) -> list[dict[str, str]]:
         """Returns the rows, without their empty cells."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
     def write(self, rows: list[dict[str, str]]) -> None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

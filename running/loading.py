@@ -362,8 +362,9 @@ def check_device(name: str | torch.device) -> torch.device:
 
 
 def class_names(image_format: "ImageFormat", num_classes: int) -> list[str]:
-    """Returns the names of classes, or their numbers."""
-    return image_format.class_names or [str(number) for number in range(num_classes)]
+    """Returns the names of classes; their numbers, if not each of them has one."""
+    names = image_format.class_names or []
+    return names if len(names) == num_classes else [str(number) for number in range(num_classes)]
 
 
 @contextmanager

@@ -18,10 +18,13 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks import class_names
 from lightning_modules import FULL
 
 FILE = "predictions.csv"
 NUM_TOP = 5
+ANSWER = ("class", "probability")
+COLUMNS = ("file", "label", *ANSWER, "exit", "point", "error")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """How a text begins that a spreadsheet would run."""
 
@@ -81,7 +84,7 @@ class PredictionFile:
             raise OSError(f"cannot write {path} ({error.strerror}): pass another --out") from error
         self._table = csv.writer(self._file)
         if path.suffix == ".csv":
-            more = [f"{name}{k}" for k in range(2, self.num_top + 1) for name in MORE]
+            more = [f"{name}{k}" for k in range(2, self.num_top + 1) for name in ANSWER]
             self._table.writerow([*COLUMNS, *more])
 
     def _refuse_existing(self, remark: str) -> None:
@@ -94,7 +97,7 @@ class PredictionFile:
         name, prob = row.top[0] if row.top else (None, None)
         first = (row.file, row.label, name, prob, row.exit, row.point, row.error)
         if self.path.suffix == ".jsonl":
-            top = [dict(zip(MORE, each, strict=True)) for each in row.top]
+            top = [dict(zip(ANSWER, each, strict=True)) for each in row.top]
             line = dict(zip(COLUMNS, first, strict=True)) | {"top": top}
             self._file.write(json.dumps(line) + "\n")
         else:
@@ -121,10 +124,6 @@ class PredictionFile:
             return
         self._refuse_existing(f" by now, and the answers are in {self._part}")
         os.replace(self._part, self.path)
-
-
-MORE = ("class", "probability")
-COLUMNS = ("file", "label", *MORE, "exit", "point", "error")
 
 
 def harmless(cell: Any) -> Any:
@@ -157,8 +156,7 @@ class PredictionWriter(Callback):
     ) -> None:
         probs, exits = outputs if isinstance(outputs, tuple) else (outputs, None)
         self.num_classes = probs.shape[1]
-        numbers = map(str, range(self.num_classes))
-        names = getattr(trainer.datamodule, "class_names", None) or list(numbers)
+        names = [str(name) for name in class_names(trainer, self.num_classes)]
         taken = [None] * len(probs) if exits is None else exits.tolist()
         self.answers += zip(top_classes(probs, names), taken, strict=True)
         known = dict(enumerate(names))

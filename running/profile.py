@@ -117,7 +117,7 @@ def check_experiment(path: Path) -> None:
             f"no experiment {path}" + (f": did you mean {near[0]}?" if near else ": name a YAML")
         )
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict) or "model" not in content:

@@ -8,10 +8,17 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks import Column, SampledTestImages, Table, class_names, log_panels
+from callbacks import (
+    Column,
+    SampledTestImages,
+    Table,
+    class_names,
+    log_panels,
+    result_file,
+)
 from lightning_modules import accuracy_name
 from networks import NUM_TIMED_ROUNDS, TIMED_BATCH_SIZE, time_points
-from running.wandb_logger import FaultTolerantWandbLogger
+from running.tracking import trackers_of
 
 FILES = NAME, CLASSES, CONFUSION = "operating_points", "class_accuracy", "confusion"
 COLUMNS = (
@@ -103,9 +110,8 @@ def tell_wandb(trainer: Trainer, table: Table) -> None:
         for name, *values in table.rows
         for key, value in zip(table.keys[1:], values, strict=True)
     }
-    for logger in trainer.loggers:
-        if isinstance(logger, FaultTolerantWandbLogger):
-            logger.summarize(numbers)
+    for tracker in trackers_of(trainer.loggers):
+        tracker.summarize(numbers)
 
 
 def panels(wandb: Any, table: Table) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def panels(wandb: Any, table: Table) -> dict[str, Any]:
 
 def result_files(folder: Path, again: bool) -> list[Path]:
     """Returns the files that a test writes, that of `show_points` first."""
-    return [folder / f"{name}{'_again' if again else ''}.csv" for name in FILES]
+    return [result_file(folder, name, again) for name in FILES]
 
 
 def show_points(path: Path) -> None:

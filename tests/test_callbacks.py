@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from callbacks import GradientMagnitudeLogger, SampledTestImages, ThroughputMonitor
+from callbacks import GradientMagnitudeLogger, SampledTestImages, Table, ThroughputMonitor
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
 from running import AtomicCheckpointIO, CSVHistory, RunCheckpoint
@@ -225,3 +225,10 @@ def test_warm_up_then_milestones() -> None:
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_a_table_takes_any_name_of_a_class(tmp_path: Path) -> None:
+    """Also that of a folder whose bytes are no characters."""
+    Table(("class", "acc"), [("\u00fc\u4e2d", 1.0), ("\udcff", 0.5)]).write(tmp_path / "a.csv")
+    lines = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()
+    assert lines == ["class,acc", "\u00fc\u4e2d,1.0", "\\udcff,0.5"]

@@ -14,9 +14,10 @@ import onnxruntime
 import pytest
 import torch
 from methods import METHODS, build
+from PIL import Image
 from torch import Tensor, nn
 
-from datamodules import DigitsDataModule, ImageFormat
+from datamodules import DigitsDataModule, ImageFormat, prepare_images
 from networks import (
     BranchyAlexNet,
     BranchyLeNet,
@@ -40,7 +41,7 @@ from networks import (
     run_to_exit,
 )
 from running import LoadedRun
-from running.export_check import Answers, Classify, checkpoint, compare, in_batches
+from running.export_check import Answers, Classify, checkpoint, compare, find_images, in_batches
 from running.export_files import (
     as_json,
     onnx_classifier,
@@ -114,27 +115,41 @@ def draw_statistics(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last).eval()
 
 
+def part_of(name: str) -> tuple[nn.Module, Piece]:
+    """Returns a network, and what is exported of it."""
+    torch.manual_seed(0)
+    network = draw_statistics((NETWORKS | LARGE)[name]())
+    example = torch.zeros(2, 3, 32, 32)
+    part = OnlyUsed(network, network, example)
+    outputs = [f"logits{number}" for number in range(len(as_list(network(example))))]
+    return network, Piece(part, [example], ["images"], outputs)
+
+
 @pytest.mark.parametrize(
     "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 )
-def test_every_network_is_exported_for_any_number_of_images(name: str, tmp_path: Path) -> None:
-    """As a program of torch to the bit, as ONNX to rounding."""
-    torch.manual_seed(0)
-    network = draw_statistics((NETWORKS | LARGE)[name]())
-    example = [torch.zeros(2, 3, 32, 32)]
-    part = OnlyUsed(network, network, example[0])
-    program = to_program(part, example).module()
-    count = len(as_list(network(example[0])))
-    outputs = [f"logits{number}" for number in range(count)]
-    onnx.save_model(to_onnx(Piece(part, example, ["images"], outputs)), tmp_path / "network.onnx")
+def test_every_network_is_a_program_for_any_number_of_images(name: str) -> None:
+    network, piece = part_of(name)
+    program = to_program(piece.module, piece.example).module()
+    for num_images in (1, 3, 7):
+        images = torch.randn(num_images, 3, 32, 32)
+        with torch.no_grad():
+            for logits, same in zip(as_list(network(images)), program([images]), strict=True):
+                assert torch.equal(logits, same)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NETWORKS, *LARGE])
+def test_every_network_is_an_onnx_file_for_any_number_of_images(name: str, tmp_path: Path) -> None:
+    network, piece = part_of(name)
+    onnx.save_model(to_onnx(piece), tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
     for num_images in (1, 3, 7):
         images = torch.randn(num_images, 3, 32, 32)
         with torch.no_grad():
-            expected, found = as_list(network(images)), program([images])
-        others = session.run(None, {"images": images.numpy()})
-        for logits, same, close in zip(expected, found, others, strict=True):
-            assert torch.equal(logits, same)
+            expected = as_list(network(images))
+        found = session.run(None, {"images": images.numpy()})
+        for logits, close in zip(expected, found, strict=True):
             assert np.abs(close - logits.numpy()).max() <= 1e-4 * logits.abs().max()
             assert (close.argmax(1) == logits.argmax(1).numpy()).all()
 
@@ -199,17 +214,20 @@ def fake_run(method: str, digits: tuple[ImageFormat, Tensor], **arguments: objec
     return LoadedRun(Path("runs/method/name/seed0"), module, image_format, Path("last.ckpt"))
 
 
-LONG = ("exit2", "ensemble2", "ensemble3", "w0.6")
+QUICK = {
+    ("resnet", "full"),
+    ("stochastic_depth", "full"),
+    ("branchynet", "exit1"),
+    ("msdnet", "exit1"),
+    ("slimmable", "w0.25"),
+    ("universally_slimmable", "w0.25"),
+}
+"""One of each kind; the others are slow."""
 POINTS = [
-    pytest.param(
-        method,
-        point,
-        marks=pytest.mark.slow if point in LONG or method == "stochastic_depth_row" else (),
-    )
+    pytest.param(method, point, marks=() if (method, point) in QUICK else pytest.mark.slow)
     for method in METHODS
     for point in build(METHODS[method]).operating_points()
 ]
-"""All of them; slow are those whose kind is there already."""
 
 
 @pytest.mark.parametrize(("method", "point"), POINTS)
@@ -219,7 +237,7 @@ def test_every_point_is_what_the_checkpoint_says(
     run = fake_run(method, digits)
     before = [tensor.clone() for tensor in run.module.parameters()]
     taken, images = take_out(run, point), digits[1]
-    ours = in_batches(checkpoint(run, point, taken), images, 64)
+    ours = in_batches(checkpoint(run, point), images, 64)
     for kind in ("onnx", "torch"):
         ((_, classify, _),) = write(run, point, taken, kind, tmp_path / kind)
         for size in (7, 1):
@@ -311,7 +329,7 @@ def test_early_exit_is_what_the_checkpoint_says(
     adaptive: Adaptive, digits: tuple[ImageFormat, Tensor]
 ) -> None:
     run, point, images = adaptive.run, adaptive.point, digits[1]
-    ours = in_batches(checkpoint(run, "adaptive", point), images, 64)
+    ours = in_batches(checkpoint(run, "adaptive"), images, 64)
     assert set(ours.exits.tolist()) == {1, 2, 3}
     for classify in (
         onnx_classifier(adaptive.file),
@@ -415,7 +433,7 @@ def test_files_say_what_they_are(adaptive: Adaptive) -> None:
 def test_answers_that_differ_are_refused(digits: tuple[ImageFormat, Tensor]) -> None:
     run = fake_run("branchynet", digits)
     point, images = take_out(run, "adaptive"), digits[1]
-    ours = in_batches(checkpoint(run, "adaptive", point), images, 64)
+    ours = in_batches(checkpoint(run, "adaptive"), images, 64)
     assert compare(run, point, images, ours, ours).difference == 0
     probabilities = ours.probabilities.clone()
     probabilities[3, 0] += 0.01
@@ -427,6 +445,20 @@ def test_answers_that_differ_are_refused(digits: tuple[ImageFormat, Tensor]) -> 
     exits[5] = exits[5] % 3 + 1
     with pytest.raises(ValueError, match="1 of 60 images take another exit"):
         compare(run, point, images, ours, Answers(ours.probabilities, exits))
+
+
+def test_images_of_a_folder_are_what_predict_sees(
+    digits: tuple[ImageFormat, Tensor], tmp_path: Path
+) -> None:
+    run = fake_run("resnet", digits)
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000  # 16 bits
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    images, _ = find_images(run, tmp_path)
+    assert torch.equal(images, prepare_images([tmp_path / "a.png"], digits[0]))
+    assert images.unique().numel() > 50
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"an image in .* cannot be decoded"):
+        find_images(run, tmp_path)
 
 
 def test_ties_are_no_difference(digits: tuple[ImageFormat, Tensor]) -> None:

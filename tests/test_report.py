@@ -157,6 +157,15 @@ def test_data_sets_share_no_axis(tmp_path: Path) -> None:
     assert not any('"resnet/x"' in text and '"densenet/x"' in text for text in macs)
 
 
+@pytest.mark.parametrize(("mode", "best"), [("auto", "min"), ("max", "max"), ("min", "min")])
+def test_the_best_is_what_the_run_takes_for_better(mode: str, best: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "resnet")
+    content = config_of(folder) | {"checkpoint": {"monitor": "val/loss", "mode": mode}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    history = read_run(folder).history
+    assert history.best == {"min": min, "max": max}[best](history.curves["val/loss"].values())
+
+
 def test_the_result_of_the_fit_goes_before_that_of_a_later_test(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "resnet")
     header = ("name", "test_acc", "macs", "params", "ms_per_image")
@@ -236,6 +245,17 @@ def test_long_learning_curves_are_thinned(tmp_path: Path) -> None:
     validation = [row for row in rows if row["of"] == "validation"]
     assert len(validation) <= 200
     assert (validation[0]["epoch"], validation[-1]["epoch"]) == (1, 3000)
+
+
+def test_columns_are_found_by_name(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "msdnet")
+    expected = specs(report(folder, out=tmp_path / "a"))
+    with (folder / "exit_entropy.csv").open() as file:
+        header, *rows = [[*row[2:], *row[:2]] for row in csv.reader(file)]
+    write_csv(folder / "exit_entropy.csv", header, rows)
+    found = specs(report(folder, out=tmp_path / "b"))
+    (name,) = (name for name in found if name.endswith("exit_entropy"))
+    assert found[name] == expected[name]
 
 
 def test_images_of_elsewhere_are_not_shown(tmp_path: Path) -> None:

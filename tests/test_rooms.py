@@ -36,7 +36,7 @@ ALLOWED = {
         *{"onnx", "onnxruntime", "onnxscript", "numpy", "PIL"},  # what leaves the project
         *{"networks", "datamodules", "lightning_modules", "callbacks", "reports", "running"},
     },
-    "reports": {"altair", "vl_convert", "yaml", "rich", "PIL", "networks", "reports"},
+    "reports": {"altair", "vl_convert", "yaml", "rich", "PIL", "archive", "networks", "reports"},
     "benchmarks": {
         *LIGHTNING,
         *{"torch", "torchvision", "timm", "numpy", "PIL", "chance"},

@@ -89,14 +89,6 @@ def test_a_row_says_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFix
     assert row["device"] == "x86_64, 2 cores"
 
 
-def test_a_loss_is_best_when_least(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", "resnet")
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("monitor: val/acc", "monitor: val/loss"))
-    history = read_run(folder).history
-    assert history.best == min(history.curves["val/loss"].values())
-
-
 def test_the_table_fits_into_80_columns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

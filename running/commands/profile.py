@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from networks import TIMED_BATCH_SIZE
-from reports import profile_figure
+from reports import in_units, profile_figure
 from running.profile import Costs, check_experiment, profile_experiment
 
 FILES = "profile.csv", "profile.png"
@@ -118,14 +118,6 @@ def table_of(title: str, costs: Sequence[Costs], batch_size: int) -> Table:
             *map(in_digits, (row.peak_bytes / 2**20, row.ms_alone, row.ms_in_batch)),
         )
     return table
-
-
-def in_units(number: int) -> str:
-    """Returns four digits of a number, in thousands (k), millions (M) or more."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g}{unit}"
-    return str(number)
 
 
 def in_digits(number: float | None) -> str:

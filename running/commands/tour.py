@@ -16,10 +16,10 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from reports import in_units, read_run
 from running.background import start
 from running.commands import report
 from running.history import CSVHistory
-from running.result import NAME
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 POLLING = 0.2
@@ -144,7 +144,7 @@ class Tour:
         path = EXPERIMENTS / stop.yaml
         folder = self.run_folder(stop)
         folder.mkdir(parents=True, exist_ok=True)
-        num_epochs = yaml.safe_load(path.read_text())["trainer"]["max_epochs"]
+        num_epochs = yaml.safe_load(path.read_bytes())["trainer"]["max_epochs"]
         self.progress.console.print(f"[bold]{stop.title}[/bold]: {stop.what}")
         args = ["fit", "-c", str(path), "--run_dir", str(folder), *stop.options]
         quiet = ["--wandb.mode=disabled", "--trainer.enable_progress_bar=false"]
@@ -177,9 +177,6 @@ def epochs_done(folder: Path) -> int:
 
 def answer(folder: Path) -> str:
     """Returns, in words, what a run has reached at its cheapest and at its dearest point."""
-    points = sorted(
-        CSVHistory(folder / f"{NAME}.csv").read(), key=lambda point: float(point["macs"])
-    )
+    points = sorted(read_run(folder).points, key=lambda point: point.macs)
     ends = [points[0], points[-1]] if len(points) > 1 else points
-    pairs = [(float(point["test_acc"]), float(point["macs"])) for point in ends]
-    return " to ".join(f"{accuracy:.2%} at {macs / 1e6:.1f}M MACs" for accuracy, macs in pairs)
+    return " to ".join(f"{each.test_acc:.2%} at {in_units(each.macs)} MACs" for each in ends)
