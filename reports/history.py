@@ -8,6 +8,8 @@ from reports.files import number, read_columns
 
 Curve = dict[int, float]
 """Value by epoch, counted from 0."""
+MAX_EPOCH = 10**9
+"""Nobody trains that long: such a number is no epoch."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ def _curves(header: list[str], rows: list[list[str]]) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for row in rows:
         epoch = number(row[at]) if len(row) > at else None
-        if epoch is None or not 0 <= epoch < 1e9:
+        if epoch is None or not 0 <= epoch < MAX_EPOCH:
             continue
         for name, cell in zip(header, row, strict=False):
             if cell and name not in ("epoch", "step") and not name.startswith("test/"):
@@ -70,6 +72,6 @@ def _mean_of_steps(header: list[str], rows: list[list[str]]) -> Curve:
     for row in rows:
         if len(row) > max(at, where):
             epoch, loss = number(row[at]), number(row[where])
-            if epoch is not None and loss is not None:
+            if epoch is not None and 0 <= epoch < MAX_EPOCH and loss is not None:
                 losses.setdefault(int(epoch), []).append(loss)
     return {epoch: sum(values) / len(values) for epoch, values in sorted(losses.items())}

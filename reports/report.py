@@ -41,11 +41,13 @@ def write_report(places: Iterable[str | Path], out: Path) -> tuple[Path, list[Ru
     Raises:
         ValueError, OSError: no run folder, or a folder that cannot be written.
     """
+    if out.is_symlink():  # it stays, and what it leads to is replaced
+        out = out.resolve()
     check_out(out)
     part = make_part(out)
     try:
+        folders = find_runs(places)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            folders = find_runs(places)
             task = progress.add_task("reading runs", total=len(folders))
             records = []
             for folder in folders:
@@ -176,5 +178,11 @@ def replace(part: Path, out: Path) -> None:
     old = part.with_suffix(".old")
     if out.exists():
         os.rename(out, old)
-    os.rename(part, out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(part, out)
+    except OSError as error:  # another report was faster
+        raise OSError(f"cannot replace {out} ({error.strerror}): write it again") from error
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        shutil.rmtree(old, ignore_errors=True)

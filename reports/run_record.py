@@ -116,10 +116,7 @@ def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
     starts = attempt(read_yaml, folder / "attempts.yaml")
     start = starts[-1] if isinstance(starts, list) and starts else None
     record = RunRecord(folder, experiment_of(folder, config, part(start, "command")))
-    try:
-        describe(record, config, start)
-    except RecursionError:
-        problems.append("config.yaml refers to itself")
+    describe(record, config, start)
     monitor = part(config, "checkpoint", "monitor")
     record.history = attempt(
         read_history, folder, monitor if isinstance(monitor, str) else "val/acc", default=History()
@@ -146,7 +143,7 @@ def describe(record: RunRecord, config: Any, start: Any) -> None:
     record.max_epochs = epochs if isinstance(epochs, int) and epochs > 0 else None
     paper = part(config, "paper", "test_acc")
     for name, accuracy in (paper if isinstance(paper, Mapping) else {}).items():
-        if (value := number(accuracy)) is not None:
+        if (value := number(accuracy)) is not None and 0 <= value <= 1:
             record.paper[text(name)] = value
     record.paper_source = text(part(config, "paper", "source"))
     record.device = device_of(start, config)
@@ -164,13 +161,15 @@ def read_result(folder: Path) -> tuple[list[PointResult], bool]:
         Unreadable: an accuracy is none.
     """
     rows, is_again = _own_or_again(folder, RESULT.removesuffix(".csv"), ("name", "test_acc"))
-    points = []
+    points: list[PointResult] = []
     for row in rows:
-        accuracy = number(row.get("test_acc"))
-        if accuracy is None or not 0 <= accuracy <= 1 or not row.get("name"):
-            raise Unreadable(f"{RESULT}: the accuracy of {row.get('name')!r} is no number in 0..1")
+        name, accuracy = row["name"], number(row["test_acc"])
+        if accuracy is None or not 0 <= accuracy <= 1 or not name:
+            raise Unreadable(f"{RESULT}: the accuracy of {name!r:.60} is no number in 0..1")
+        if any(name == point.name for point in points):
+            raise Unreadable(f"{RESULT} has the point {name!r:.60} twice")
         costs = (number(row.get(key)) for key in PointResult._fields[2:])
-        points.append(PointResult(row["name"], accuracy, *costs))
+        points.append(PointResult(name, accuracy, *costs))
     return points, is_again
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor
 
-from datamodules import ImageDataModule, ImageFormat
+from datamodules import ImageDataModule, ImageFormat, ImagesToClassify
 from networks import early_exit, exit_score, median_seconds, run_to_exit
 from running.export_networks import EarlyExit, Network
 from running.loading import LoadedRun, read_config
@@ -73,20 +72,16 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
 
 
 def images_in(folder: Path, image_format: ImageFormat) -> Tensor:
-    channels, height, width = image_format.image_shape
-    if channels not in (1, 3):
-        raise ValueError(f"files cannot be images of {channels} channels")
-    suffixes = set(Image.registered_extensions())
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    if not paths:
-        raise FileNotFoundError(f"no images found: looked for {folder}/**/*.jpg and the like")
-    tensors = []
-    for path in paths[:NUM_IMAGES]:
-        with Image.open(path) as image:
-            pixels = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
-        values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-        tensors.append(values.view(height, width, channels).permute(2, 0, 1))
-    return torch.stack(tensors)
+    """Returns the first images of a folder, prepared as those of `predict` are."""
+    files = ImagesToClassify(folder, image_format)
+    found: list[Tensor] = []
+    for batch in files.batches(BATCH_SIZE, num_workers=0):
+        found += batch.images
+        if len(found) >= NUM_IMAGES:
+            break
+    if not found:
+        raise ValueError(f"no image of {folder} can be decoded: give others by --images DIR")
+    return torch.stack(found[:NUM_IMAGES])
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     mistakes = [
         (["export", "--run", str(tmp_path)], "holds no config.yaml"),
-        ([*run, "--point", "exit7"], "has no operating point 'exit7': exit1, exit2, full"),
+        ([*run, "--point", "exit7"], "has no operating point 'exit7': exit1, exit2, "),
         ([*run, "--format", "tflite"], "invalid choice: 'tflite'"),
         ([*run, "--point", "adaptive_knee", "--format", "torch"], "use --format onnx"),
         ([*run, "--out", str(tmp_path / "file" / "a.onnx")], "give another --out"),

@@ -24,6 +24,7 @@ from reports import profile_figure
 from running.profile import Costs, check_experiment, profile_experiment
 
 FILES = "profile.csv", "profile.png"
+MAX_BATCH_SIZE = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     paths, batch_size = arguments.config, arguments.batch_size
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}: give 1 or more")
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise ValueError(f"--batch_size is {batch_size}: give 1 to {MAX_BATCH_SIZE}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and torch finds no GPU: use --device cpu")
     for path in paths:

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from reports import check_out
 from running.background import start
 from running.commands import report
 from running.history import CSVHistory
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     folder = arguments.dir
     folder.mkdir(parents=True, exist_ok=True)
+    check_out(folder / "report")  # before minutes of training
     console = Console()
     console.print(
         f"Six methods on 1,797 handwritten digits, {num_at_once()} at a time; each run is a folder "
@@ -180,6 +182,8 @@ def answer(folder: Path) -> str:
     points = sorted(
         CSVHistory(folder / f"{NAME}.csv").read(), key=lambda point: float(point["macs"])
     )
+    if not points:
+        raise ValueError(f"{folder} has lost its {NAME}.csv: delete that folder, and repeat this")
     ends = [points[0], points[-1]] if len(points) > 1 else points
     pairs = [(float(point["test_acc"]), float(point["macs"])) for point in ends]
     return " to ".join(f"{accuracy:.2%} at {macs / 1e6:.1f}M MACs" for accuracy, macs in pairs)
