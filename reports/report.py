@@ -130,8 +130,12 @@ def run_figures(folder: Path) -> dict[str, bytes]:
     return figures
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, option: str = "--out") -> None:
     """Refuses to write where something else than a report lies.
+
+    Args:
+        out: folder of the report.
+        option: by which a user names it.
 
     Raises:
         ValueError: says what.
@@ -139,16 +143,16 @@ def check_out(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"{out} is a file: pass another --out")
+        raise ValueError(f"{out} is a file: pass another {option}")
     names = {path.name for path in out.iterdir()}
     others = sorted(names - set(FILES))
     pictures = out / FIGURES
     if pictures.is_dir():
         others += sorted(path.name for path in pictures.iterdir() if path.suffix != ".png")
     if others:
-        raise ValueError(f"{out} holds {others[0]}, which is of no report: pass another --out")
+        raise ValueError(f"{out} holds {others[0]}, which is of no report: pass another {option}")
     if names and not _is_report(out / INDEX):
-        raise ValueError(f"{out} is no report of this command: pass another --out")
+        raise ValueError(f"{out} is no report of this command: pass another {option}")
 
 
 def _is_report(index: Path) -> bool:

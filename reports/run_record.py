@@ -130,6 +130,8 @@ def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
     record.state, record.why = state_of(folder, problems[0] if problems else "", is_running)
     if record.state in (FINISHED, BROKEN):
         record.points = points
+        if not points and part(attempt(read_yaml, folder / "finished.yaml"), "tested"):
+            record.why = record.why or f"it was tested, and {RESULT} is lost"
     elif points:
         record.why = record.why or "went on after its last test: that result is left out"
     return record
@@ -158,7 +160,7 @@ def read_result(folder: Path) -> tuple[list[PointResult], bool]:
     """Returns the operating points, and whether they are of a later test than the fit's own.
 
     Raises:
-        Unreadable: an accuracy is none.
+        Unreadable: an accuracy is none, a number is negative, or a point stands there twice.
     """
     rows, is_again = _own_or_again(folder, RESULT.removesuffix(".csv"), ("name", "test_acc"))
     points: list[PointResult] = []
@@ -168,7 +170,9 @@ def read_result(folder: Path) -> tuple[list[PointResult], bool]:
             raise Unreadable(f"{RESULT}: the accuracy of {name!r:.60} is no number in 0..1")
         if any(name == point.name for point in points):
             raise Unreadable(f"{RESULT} has the point {name!r:.60} twice")
-        costs = (number(row.get(key)) for key in PointResult._fields[2:])
+        costs = [number(row.get(key)) for key in PointResult._fields[2:]]
+        if any(cost is not None and cost < 0 for cost in costs):
+            raise Unreadable(f"{RESULT}: a number of {name!r:.60} is negative")
         points.append(PointResult(name, accuracy, *costs))
     return points, is_again
 

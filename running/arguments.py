@@ -236,7 +236,7 @@ def told(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno and error.filename is not None:
         # The system says what is wrong with a path, and not what to do.
         name, reason = os.fsdecode(error.filename), error.strerror
-        message = f"cannot use {name} ({reason}): name another path, or mend that one"
+        message = f"cannot use {name} ({reason}): name another path, or correct that one"
     else:
         message = one_line(error)
     message = re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", message)

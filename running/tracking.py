@@ -131,12 +131,11 @@ def _init(
     sweep = current_sweep()
     if sweep or not id_file.exists():
         id_file.write_text(sweep.run_id if sweep else uuid.uuid4().hex[:12])
-    run_id = id_file.read_text()
-    if wandb.run is not None and wandb.run.id != run_id:
-        wandb.finish()  # that of an earlier command of this process, which init would go on with
     options = {
-        "id": run_id,
+        "id": id_file.read_text(),
         "resume": "allow",
+        # Otherwise W&B goes on with the run of an earlier command of this process.
+        "reinit": "finish_previous",
         "dir": folder,
         # In a sweep all would be called the same; W&B numbers them.
         "name": None if sweep else f"{name}/seed{seed}",

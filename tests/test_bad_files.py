@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import run_folders
 import torch
+from PIL import Image
 from run_folders import make_run
 from test_loading import train
 
@@ -19,6 +20,8 @@ from reports.details import details
 from running import load_run
 from running.arguments import told
 from running.command_line import main
+from running.commands import profile, tour
+from running.export_check import images_in
 from running.exporting import written_together
 from running.folder import read_yaml
 
@@ -135,6 +138,24 @@ def test_columns_of_the_entropies_may_stand_in_any_order(tmp_path: Path) -> None
     assert {row["exit"] for row in values} == set(run_folders.EXITS)
 
 
+def test_a_negative_cost_is_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    edit(run / "operating_points.csv", lambda rows: rows[1].__setitem__(2, "-1"))
+    assert read_run(run).why == "operating_points.csv: a number of 'exit1' is negative"
+
+
+def test_a_result_that_is_lost_is_missed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "operating_points.csv").unlink()
+    assert read_run(run).why == "it was tested, and operating_points.csv is lost"
+
+
+def test_a_paper_of_unknown_points_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", paper={"source": "x", "test_acc": {"fulll": 0.9}})
+    ((experiment,),) = experiments_of([read_run(run)]).values()
+    assert experiment.notes == ["The paper's numbers of fulll are of no point of these runs."]
+
+
 def test_a_paper_in_per_cent_is_not_set_beside_a_share(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", paper={"source": "x", "test_acc": {"full": 91.25}})
     assert read_run(run).paper == {}
@@ -148,6 +169,51 @@ def test_a_link_to_a_report_stays_a_link(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out", "run"]
         assert (tmp_path / "out").is_symlink()
         assert (tmp_path / "disk" / "index.html").is_file()
+
+
+def test_of_two_reports_at_once_none_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    write_report([run], out)
+    rename = os.rename
+
+    def other_is_faster(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).suffix == ".old":
+            out.mkdir()
+            (out / "index.html").write_text("of the other")
+
+    monkeypatch.setattr(os, "rename", other_is_faster)
+    with pytest.raises(OSError, match=r"cannot replace .*: write it again"):
+        write_report([run], out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert (out / "index.html").read_text() == "of the other"
+
+
+def test_a_tour_sees_what_is_in_its_way_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tour.Tour, "travel", lambda self: pytest.fail("it began"))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "notes.txt").touch()
+    assert main(["tour", "--dir", str(tmp_path)]) == 2
+    assert "notes.txt, which is of no report: pass another --dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["profile_experiment", "profile_figure"])
+def test_a_profile_that_is_interrupted_leaves_nothing(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    costs = profile.Costs("point", "full", 1, 1, 1, 1, 1.0, 1.0)
+    monkeypatch.setattr(profile, "profile_experiment", lambda *_: [costs])
+    monkeypatch.setattr(profile, where, interrupted)
+    yaml = str(Path(__file__).parents[1] / "experiments" / "quickstart.yaml")
+    assert main(["profile", "-c", yaml, "--out", str(tmp_path / "a/b")]) == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- images and checkpoints -----------------------------------------------------------------------
@@ -215,6 +281,18 @@ def test_an_export_replaces_exports_alone(tmp_path: Path) -> None:
         with refused, written_together(targets, overwrite=True):
             pytest.fail("it began")
     assert [(each / "notes.txt").read_text() for each in (folder, stages)] == ["mine", "mine"]
+
+
+def test_an_export_is_checked_on_what_can_be_decoded(tmp_path: Path) -> None:
+    one = torch.ones(1, 1, 1)
+    image_format = ImageFormat("x", (1, 8, 8), one, one, None, False)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    os.mkfifo(tmp_path / "b.png")
+    Image.new("L", (8, 8)).save(tmp_path / ".hidden.png")
+    with pytest.raises(ValueError, match="can be decoded: give others by --images"):
+        images_in(tmp_path, image_format)
+    Image.new("I;16", (8, 8), 7 << 8).save(tmp_path / "c.png")
+    assert images_in(tmp_path, image_format).equal(torch.full((1, 1, 8, 8), 7, dtype=torch.uint8))
 
 
 def test_an_export_that_fails_leaves_no_folder(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     folder = arguments.dir
     folder.mkdir(parents=True, exist_ok=True)
-    check_out(folder / "report")  # before minutes of training
+    check_out(folder / "report", "--dir")  # before minutes of training
     console = Console()
     console.print(
         f"Six methods on 1,797 handwritten digits, {num_at_once()} at a time; each run is a folder "
