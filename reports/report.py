@@ -41,8 +41,7 @@ def write_report(places: Iterable[str | Path], out: Path) -> tuple[Path, list[Ru
     Raises:
         ValueError, OSError: no run folder, or a folder that cannot be written.
     """
-    if out.is_symlink():  # it stays, and what it leads to is replaced
-        out = out.resolve()
+    out = out.resolve() if out.is_symlink() else out  # a link stays
     check_out(out)
     part = make_part(out)
     try:
