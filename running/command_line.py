@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status.
 
     0; 2 after a mistake; 75, or 143 after SIGTERM, if a scheduler's warning came and the same
-    command goes on; 1 after Ctrl+C, or if another process of the run has ended.
+    command goes on; 130 after Ctrl+C; 1 if another process of the run has ended.
     """
     silence_lightning()
     words = sys.argv[1:] if args is None else list(args)
