@@ -22,16 +22,3 @@ def is_intact(path: Path) -> bool:
             return is_plain and archive.testzip() is None
     except DAMAGES:
         return False
-
-
-def is_archive(path: Path) -> bool:
-    """Tells whether a file ends as an archive does, without reading its tensors.
-
-    The table of contents stands at the end, so that a file which was cut off has none. `is_intact`
-    takes a second per gigabyte, too long for a list of runs.
-    """
-    try:
-        with ZipFile(path) as archive:
-            return bool(archive.infolist())
-    except DAMAGES:
-        return False

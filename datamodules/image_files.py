@@ -5,6 +5,7 @@ forever. What is hidden (".ipynb_checkpoints", "._cat.jpg") is no class and no i
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,8 @@ def opened(path: str) -> Iterator[Image.Image]:
             harmless; names the path.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # Pillow would wait for what a pipe brings
+            raise ValueError("it is no file")
         with Image.open(path) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:

@@ -4,7 +4,7 @@ from reports.aggregate import Experiment, Measured, PointSummary, experiments_of
 from reports.find import find_runs
 from reports.history import History
 from reports.profile_figure import profile_figure
-from reports.report import run_figures, write_report
+from reports.report import check_out, run_figures, write_report
 from reports.run_record import PointResult, RunRecord, read_run
 from reports.state import BROKEN, is_locked
 from reports.tables import age, in_units, progress, states
@@ -18,6 +18,7 @@ __all__ = [
     "PointSummary",
     "RunRecord",
     "age",
+    "check_out",
     "experiments_of",
     "find_runs",
     "in_units",

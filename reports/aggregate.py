@@ -150,6 +150,10 @@ def _experiment(name: str, data: str, runs: list[RunRecord]) -> Experiment:
             note = f"{text(run.path)}: the fit was not tested; the numbers are of a later test."
             experiment.notes.append(note)
     names = dict.fromkeys(point.name for run in experiment.counted for point in run.points)
+    unknown = {name for run in experiment.counted for name in run.paper if name not in names}
+    if unknown:
+        note = f"The paper's numbers of {', '.join(sorted(unknown))} are of no point of these runs."
+        experiment.notes.append(note)
     adaptive = {row["point"] for run in experiment.counted for row in run.tables.get("exits", ())}
     experiment.points = [_summary(point, point in adaptive, experiment.counted) for point in names]
     return experiment

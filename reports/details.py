@@ -12,7 +12,7 @@ from PIL import Image
 
 from reports.aggregate import Experiment, Measured, mean_rows
 from reports.figures import curve_rows, line_chart
-from reports.files import Row, number
+from reports.files import Row, number, opened
 from reports.run_record import RunRecord
 from reports.style import INK, Figure, colour, dash, finished, shape
 
@@ -20,7 +20,11 @@ MAX_CLASSES = 100
 """Of a confusion matrix: with more, a cell is less than a dot."""
 MAX_COUNTED = 12
 """Classes of a confusion matrix up to which each cell holds its number."""
+MAX_DIGITS = 10
+"""Of a class that is called by its number."""
 IMAGES_PER_ROW = 8
+MAX_PIXELS = 10**7
+"""Of an image that is shown: one of a data set has less, and a larger one takes its time."""
 THUMBNAIL = 96
 """Pixels of the longer side of an image in the page."""
 
@@ -270,7 +274,7 @@ def confusion_figure(experiment: Experiment, notes: list[str]) -> Figure | None:
 
 def _class_order(classes: set[str], rows: Sequence[Row]) -> list[str]:
     """Returns class names in the order of the file, numbers by value."""
-    if all(name.isdigit() for name in classes):
+    if all(name.isascii() and name.isdigit() and len(name) < MAX_DIGITS for name in classes):
         return sorted(classes, key=int)
     order = dict.fromkeys(row["true"] for row in rows)
     return [*(name for name in order if name in classes), *sorted(classes - order.keys())]
@@ -331,10 +335,12 @@ def thumbnail(folder: Path, file: str) -> str | None:
         path = (folder / file).resolve()
         if not path.is_relative_to(folder.resolve()):
             return None
-        with Image.open(path) as image:
+        with opened(path) as content, Image.open(content) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "PNG", optimize=True)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # what Pillow raises differs with the damage
         return None
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

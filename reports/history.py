@@ -9,6 +9,8 @@ from reports.files import number, read_columns
 
 Curve = dict[int, float]
 """Value by epoch, counted from 0."""
+MAX_EPOCH = 10**9
+"""Nobody trains that long: such a number is no epoch."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ def _curves(header: list[str], rows: list[list[str]]) -> dict[str, Curve]:
     values: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         epoch = number(row[at]) if len(row) > at else None
-        if epoch is None or not 0 <= epoch < 1e9:
+        if epoch is None or not 0 <= epoch < MAX_EPOCH:
             continue
         for name, cell in zip(header, row, strict=False):
             if cell and name not in ("epoch", "step") and not name.startswith("test/"):

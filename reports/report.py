@@ -41,11 +41,12 @@ def write_report(places: Iterable[str | Path], out: Path) -> tuple[Path, list[Ru
     Raises:
         ValueError, OSError: no run folder, or a folder that cannot be written.
     """
+    out = out.resolve() if out.is_symlink() else out  # a link stays
     check_out(out)
     part = make_part(out)
     try:
+        folders = find_runs(places)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            folders = find_runs(places)
             task = progress.add_task("reading runs", total=len(folders))
             records = []
             for folder in folders:
@@ -128,8 +129,12 @@ def run_figures(folder: Path) -> dict[str, bytes]:
     return figures
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, option: str = "--out") -> None:
     """Refuses to write where something else than a report lies.
+
+    Args:
+        out: folder of the report.
+        option: by which a user names it.
 
     Raises:
         ValueError: says what.
@@ -137,16 +142,16 @@ def check_out(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"{out} is a file: pass another --out")
+        raise ValueError(f"{out} is a file: pass another {option}")
     names = {path.name for path in out.iterdir()}
     others = sorted(names - set(FILES))
     pictures = out / FIGURES
     if pictures.is_dir():
         others += sorted(path.name for path in pictures.iterdir() if path.suffix != ".png")
     if others:
-        raise ValueError(f"{out} holds {others[0]}, which is of no report: pass another --out")
+        raise ValueError(f"{out} holds {others[0]}, which is of no report: pass another {option}")
     if names and not _is_report(out / INDEX):
-        raise ValueError(f"{out} is no report of this command: pass another --out")
+        raise ValueError(f"{out} is no report of this command: pass another {option}")
 
 
 def _is_report(index: Path) -> bool:
@@ -176,5 +181,11 @@ def replace(part: Path, out: Path) -> None:
     old = part.with_suffix(".old")
     if out.exists():
         os.rename(out, old)
-    os.rename(part, out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(part, out)
+    except OSError as error:  # another report was faster
+        raise OSError(f"cannot replace {out} ({error.strerror}): write it again") from error
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        shutil.rmtree(old, ignore_errors=True)

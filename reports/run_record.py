@@ -116,10 +116,7 @@ def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
     starts = attempt(read_yaml, folder / "attempts.yaml")
     start = starts[-1] if isinstance(starts, list) and starts else None
     record = RunRecord(folder, experiment_of(folder, config, part(start, "command")))
-    try:
-        describe(record, config, start)
-    except RecursionError:
-        problems.append("config.yaml refers to itself")
+    describe(record, config, start)
     monitor, mode = (part(config, "checkpoint", key) for key in ("monitor", "mode"))
     monitor = monitor if isinstance(monitor, str) else "val/acc"
     record.history = attempt(read_history, folder, monitor, str(mode), default=History())
@@ -132,6 +129,8 @@ def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
     record.state, record.why = state_of(folder, problems[0] if problems else "", is_running)
     if record.state in (FINISHED, BROKEN):
         record.points = points
+        if not points and part(attempt(read_yaml, folder / "finished.yaml"), "tested"):
+            record.why = record.why or f"it was tested, and {RESULT} is lost"
     elif points:
         record.why = record.why or "went on after its last test: that result is left out"
     return record
@@ -145,7 +144,7 @@ def describe(record: RunRecord, config: Any, start: Any) -> None:
     record.max_epochs = epochs if isinstance(epochs, int) and epochs > 0 else None
     paper = part(config, "paper", "test_acc")
     for name, accuracy in (paper if isinstance(paper, Mapping) else {}).items():
-        if (value := number(accuracy)) is not None:
+        if (value := number(accuracy)) is not None and 0 <= value <= 1:
             record.paper[text(name)] = value
     record.paper_source = text(part(config, "paper", "source"))
     record.device = device_of(start, config)
@@ -160,16 +159,20 @@ def read_result(folder: Path) -> tuple[list[PointResult], bool]:
     """Returns the operating points, and whether they are of a later test than the fit's own.
 
     Raises:
-        Unreadable: an accuracy is none.
+        Unreadable: an accuracy is none, a number is negative, or a point stands there twice.
     """
     rows, is_again = _own_or_again(folder, RESULT.removesuffix(".csv"), ("name", "test_acc"))
-    points = []
+    points: list[PointResult] = []
     for row in rows:
-        accuracy = number(row.get("test_acc"))
-        if accuracy is None or not 0 <= accuracy <= 1 or not row.get("name"):
-            raise Unreadable(f"{RESULT}: the accuracy of {row.get('name')!r} is no number in 0..1")
-        costs = (number(row.get(key)) for key in PointResult._fields[2:])
-        points.append(PointResult(row["name"], accuracy, *costs))
+        name, accuracy = row["name"], number(row["test_acc"])
+        if accuracy is None or not 0 <= accuracy <= 1 or not name:
+            raise Unreadable(f"{RESULT}: the accuracy of {name!r:.60} is no number in 0..1")
+        if any(name == point.name for point in points):
+            raise Unreadable(f"{RESULT} has the point {name!r:.60} twice")
+        costs = [number(row.get(key)) for key in PointResult._fields[2:]]
+        if any(cost is not None and cost < 0 for cost in costs):
+            raise Unreadable(f"{RESULT}: a number of {name!r:.60} is negative")
+        points.append(PointResult(name, accuracy, *costs))
     return points, is_again
 
 

@@ -6,7 +6,7 @@ import struct
 import sys
 from pathlib import Path
 
-from archive import is_archive
+from reports.files import is_archive
 
 RUNNING, FINISHED, RESUMABLE, BROKEN, EMPTY = "running", "finished", "resumable", "broken", "empty"
 STATES = (RUNNING, FINISHED, RESUMABLE, BROKEN, EMPTY)

@@ -253,3 +253,15 @@ def one_line(error: Exception) -> str:
     message = re.sub(r"\. Got value: Namespace\(.*", "", message)
     message = re.sub(r" - Not a valid subclass of Callback.*", "", message)
     return re.sub(r" Given value type: .*", "", message)
+
+
+def told(error: Exception) -> str:
+    """Returns the line that tells a user of a mistake, without what would garble a terminal."""
+    if isinstance(error, OSError) and error.errno and error.filename is not None:
+        # The system says what is wrong with a path, and not what to do.
+        name, reason = os.fsdecode(error.filename), error.strerror
+        message = f"cannot use {name} ({reason}): name another path, or correct that one"
+    else:
+        message = one_line(error)
+    message = re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", message)
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)

@@ -63,7 +63,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
                 # Lightning hands weights from forked ranks to their parent as a bare `.temp.ckpt`.
-                if "pytorch-lightning_version" in checkpoint or Path(path).name == ".temp.ckpt":
+                is_temporary = Path(path).name == ".temp.ckpt"
+                is_dict = isinstance(checkpoint, dict)
+                if is_temporary or (is_dict and "pytorch-lightning_version" in checkpoint):
                     return checkpoint
             except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
                 problem = error

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.distributed import DistError
 
 import preemption
-from running.arguments import one_line
+from running.arguments import one_line, told
 from running.cli import ExperimentCLI
 from running.commands import looks, run_command
 
@@ -25,8 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status.
 
     0; 2 after a mistake; 75, or 143 after SIGTERM, if a scheduler's warning came and the same
-    command goes on; 1 after Ctrl+C in a training, or if another process of the run has ended; 130
-    after Ctrl+C elsewhere.
+    command goes on; 130 after Ctrl+C; 1 if another process of the run has ended.
     """
     silence_lightning()
     words = sys.argv[1:] if args is None else list(args)
@@ -38,14 +37,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {told(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
     except preemption.Preempted as warning:
         rank_zero_info("saved after a signal: repeat the command to go on")
         return warning.code
     except RuntimeError as error:
         if is_mistake(error) and not os.environ.get("TRACEBACK"):
-            print(f"error: {one_line(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
+            print(f"error: {told(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
             return 2
         if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
             raise

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datamodules import ImageDataModule, ImagesToClassify
+from datamodules import ImageDataModule, ImageFormat, ImagesToClassify
 from networks import exit_score, median_seconds, run_to_exit
 from running.export_networks import EarlyExit, Network
 from running.loading import LoadedRun, build, read_config
@@ -51,11 +51,7 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
         ValueError: they do not fit the network.
     """
     if folder is not None:
-        files = ImagesToClassify(folder, run.image_format)
-        images = [files[index][0] for index in spread(len(files)).tolist()]
-        if any(image is None for image in images):
-            raise ValueError(f"an image in {folder} cannot be decoded: predict --run names it")
-        return torch.stack(images), str(folder)
+        return images_in(folder, run.image_format), str(folder)
     try:
         data = build("data", ImageDataModule, read_config(run.folder), run.folder)
         data.setup("test")
@@ -69,6 +65,17 @@ def find_images(run: LoadedRun, folder: Path | None) -> tuple[Tensor, str]:
     return torch.cat([images for images, *_ in batches]).contiguous(), (
         f"test images of {run.image_format.data}"
     )
+
+
+def images_in(folder: Path, image_format: ImageFormat) -> Tensor:
+    """Returns images of a folder, prepared as those of `predict` are."""
+    files = ImagesToClassify(folder, image_format)
+    found = [
+        image for index in spread(len(files)).tolist() if (image := files[index][0]) is not None
+    ]
+    if not found:
+        raise ValueError(f"no image of {folder} can be decoded: give others by --images DIR")
+    return torch.stack(found)
 
 
 def spread(num_images: int) -> Tensor:

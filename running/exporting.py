@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from running.export_files import SUFFIXES, Format, targets, write
 from running.export_networks import EarlyExit, Network, take_out
 from running.export_onnx import require_extra
 from running.loading import LoadedRun, load_run
+
+STAGE = re.compile(r"(stage|exit)\d+\.onnx|manifest\.json|run\.py")
+"""What a folder of stages holds."""
 
 
 def export_point(
@@ -100,11 +104,15 @@ def written_together(paths: list[Path], overwrite: bool) -> Iterator[Path]:
         FileExistsError: something is there, which may not be replaced.
         OSError: the parent cannot be written to.
     """
-    there = [str(path) for path in paths if path.exists()]
+    there = [path for path in paths if path.exists()]
+    strange = [path for path in there if not is_export(path, path == paths[0])]
+    if strange:
+        raise FileExistsError(f"{strange[0]} is no export and stays: give another --out")
     if there and not overwrite:
-        raise FileExistsError(f"{' and '.join(there)} exist: give --overwrite, or another --out")
+        names = " and ".join(map(str, there))
+        raise FileExistsError(f"{names} exist: give --overwrite, or another --out")
     parent = paths[0].parent
-    is_new = not parent.exists()
+    missing = [each for each in (parent, *parent.parents) if not each.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".export-", dir=parent))
@@ -118,5 +126,15 @@ def written_together(paths: list[Path], overwrite: bool) -> Iterator[Path]:
             os.replace(beside / path.name, path)
     finally:
         shutil.rmtree(beside)
-        if is_new and not any(parent.iterdir()):
-            parent.rmdir()
+        for each in missing:
+            if not any(each.iterdir()):
+                each.rmdir()
+
+
+def is_export(path: Path, is_file: bool) -> bool:
+    """Tells whether something could have been exported: a file, or a folder of stages alone."""
+    if is_file:
+        return path.is_file()
+    return path.is_dir() and all(
+        STAGE.fullmatch(each.name) or each.name == "__pycache__" for each in path.iterdir()
+    )

@@ -29,6 +29,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from endless import is_endless
 from running.checkpoint import LAST, PREVIOUS, check_images_per_step, images_per_step
 from running.checkpoint_io import is_damaged
 from running.environment import environment
@@ -253,10 +254,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: correct it, or delete it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no keys and values: correct it, or delete it")
+    if is_endless(content):
+        raise ValueError(f"{path} refers to itself, or says too much: correct it, or delete it")
     return content
 
 

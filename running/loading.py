@@ -13,6 +13,7 @@ precision it was trained in.
 """
 
 import difflib
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_modules import FULL, ImageClassifier, LitMSDNet, MultiExitClassifier
+from lightning_modules import FULL, ImageClassifier, LitMSDNet, MultiExitClassifier, check_data
 from networks import TIMED_BATCH_SIZE, check_choice, early_exit, early_exit_stream
 from running.arguments import one_line
 from running.checkpoint import BEST, FORMAT, LAST, Select
@@ -259,11 +260,15 @@ def load_run(
     check_content(content, path)
     from datamodules import ImageFormat  # slow to import
 
-    image_format = ImageFormat.from_checkpoint(content["images"])
     with isolate_rng(include_cuda=False), _torch_as_it_was():
         module = build("model", ImageClassifier, config, folder)
-        module.on_load_checkpoint(content)
-        module.load_state_dict(content["state_dict"])
+        with _refused_if_unfit(path):
+            image_format = ImageFormat.from_checkpoint(content["images"])
+            module.on_load_checkpoint(content)
+            module.load_state_dict(content["state_dict"])
+            names = image_format.class_names
+            image_format.normalize(torch.zeros(1, *image_format.image_shape, dtype=torch.uint8))
+            check_data(module.net, names and len(names), image_format.image_shape)
         module.eval().to(device)
         if isinstance(module, LitMSDNet):
             shape = (TIMED_BATCH_SIZE, *image_format.image_shape)
@@ -289,6 +294,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_yaml(path)
     if not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} names no model: it is not the configuration of a run")
+    if not isinstance(config.setdefault("checkpoint", {}), dict | None):
+        raise ValueError(f"{path}: checkpoint holds no keys and values: correct it")
     return config
 
 
@@ -309,8 +316,9 @@ def find_checkpoint(folder: Path, select: Select) -> Path:
 
 def check_content(checkpoint: dict[str, Any], path: Path) -> None:
     """Raises ValueError if a checkpoint is of another version, or of data that we do not know."""
-    version = checkpoint.get("run", {}).get("format")
-    if version is None:
+    run = checkpoint.get("run")
+    version = run.get("format") if isinstance(run, dict) else None
+    if not isinstance(version, int):
         raise ValueError(f"{path} is no checkpoint of a run of this project: train it here (fit)")
     if version != FORMAT:
         kind, remedy = ("a newer", "update") if version > FORMAT else ("an older", "use that one")
@@ -354,7 +362,7 @@ def check_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"there is no device {str(name)!r} ({reason}): use cpu") from error
@@ -365,6 +373,19 @@ def class_names(image_format: "ImageFormat", num_classes: int) -> list[str]:
     """Returns the names of classes; their numbers, if not each of them has one."""
     names = image_format.class_names or []
     return names if len(names) == num_classes else [str(number) for number in range(num_classes)]
+
+
+@contextmanager
+def _refused_if_unfit(path: Path) -> Iterator[None]:
+    """Whatever a checkpoint lacks or has too much, it is of another network."""
+    try:
+        yield
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{path} does not fit the config.yaml beside it ({textwrap.shorten(reason, 200)}): "
+            "restore the file of the two that was changed"
+        ) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
+from endless import is_endless
 from lightning_modules import FULL, ImageClassifier, check_data
 from networks import (
     NUM_TIMED_ROUNDS,
@@ -102,7 +103,10 @@ def profile_experiment(
     check_data(built.model.net, None, image_shape)
     try:
         return profile(built.model, image_shape, device, batch_size)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # A GPU's class, and what an allocator of a CPU says.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         raise ValueError(
             f"{path}: {device} has too little memory for {batch_size} images: lower --batch_size"
         ) from error
@@ -111,15 +115,17 @@ def profile_experiment(
 def check_experiment(path: Path) -> None:
     """Raises FileNotFoundError or ValueError unless a file is a YAML with a model."""
     if not path.is_file():
-        there = [str(each) for each in path.parent.glob("*.yaml")]
+        there = [str(each) for each in path.parent.glob("*.yaml") if each.is_file()]
         near = difflib.get_close_matches(str(path), there, n=1)
         raise FileNotFoundError(
             f"no experiment {path}" + (f": did you mean {near[0]}?" if near else ": name a YAML")
         )
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
+    if is_endless(content):
+        raise ValueError(f"{path} refers to itself, or says too much: correct it")
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(
             f"{path} has no model, so it is no experiment: each -c is an experiment of its own, "

@@ -134,6 +134,8 @@ def _init(
     options = {
         "id": id_file.read_text(),
         "resume": "allow",
+        # Otherwise W&B goes on with the run of an earlier command of this process.
+        "reinit": "finish_previous",
         "dir": folder,
         # In a sweep all would be called the same; W&B numbers them.
         "name": None if sweep else f"{name}/seed{seed}",

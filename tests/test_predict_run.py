@@ -277,7 +277,7 @@ MISTAKES = {
         "no/x.csv (No such file",
     ),
     "output of another kind": (one_image, ["--out", "x.parquet"], "ends neither in .csv nor in"),
-    "batch of none": (one_image, ["--batch_size", "0"], "--batch_size is 0: give 1 or more"),
+    "batch of none": (one_image, ["--batch_size", "0"], "--batch_size is 0: give 1 to 1048576"),
     "workers": (one_image, ["--num_workers", "-1"], "--num_workers is -1: give 0 or more"),
     "no number": (one_image, ["--batch_size", "x"], "argument --batch_size: invalid int value"),
     "point": (one_image, ["--point", "w0.5"], "has no operating point 'w0.5': full"),

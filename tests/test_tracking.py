@@ -255,6 +255,14 @@ def logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultTol
     wandb_logger._teardown()
 
 
+def test_a_second_command_of_a_process_has_a_run_of_its_own(logger, tmp_path: Path) -> None:
+    """W&B itself would go on with the first."""
+    (tmp_path / "other").mkdir()
+    (other,) = open_wandb(Tracking(mode="offline"), tmp_path / "other", "test", seed=1, config={})
+    assert Path(other.experiment.settings.sync_dir).is_relative_to(tmp_path / "other")
+    assert other.experiment.id == (tmp_path / "other" / "wandb_id").read_text()
+
+
 @pytest.mark.parametrize("at_end", [False, True])
 def test_flush_returns_when_the_file_holds_all(
     at_end: bool, logger: FaultTolerantWandbLogger, tmp_path: Path

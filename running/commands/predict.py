@@ -30,6 +30,7 @@ from running.loading import CLASSIFY_BATCH_SIZE, Point, load_run
 from running.predictions import FILE, Prediction, PredictionFile, top_classes
 
 NUM_WORKERS = 2
+MAX_BATCH_SIZE = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size is {arguments.batch_size}: give 1 or more")
+    if not 1 <= arguments.batch_size <= MAX_BATCH_SIZE:
+        raise ValueError(f"--batch_size is {arguments.batch_size}: give 1 to {MAX_BATCH_SIZE}")
     if arguments.num_workers < 0:
         raise ValueError(f"--num_workers is {arguments.num_workers}: give 0 or more")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

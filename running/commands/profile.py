@@ -24,6 +24,7 @@ from reports import in_units, profile_figure
 from running.profile import Costs, check_experiment, profile_experiment
 
 FILES = "profile.csv", "profile.png"
+MAX_BATCH_SIZE = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,30 +57,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     paths, batch_size = arguments.config, arguments.batch_size
-    if batch_size < 1:
-        raise ValueError(f"--batch_size is {batch_size}: give 1 or more")
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise ValueError(f"--batch_size is {batch_size}: give 1 to {MAX_BATCH_SIZE}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and torch finds no GPU: use --device cpu")
     for path in paths:
         check_experiment(path)
         if paths.count(path) > 1:
             raise ValueError(f"{path} is given twice: name each experiment once")
-    if arguments.out is not None:
-        check_out(arguments.out)
-    device, console = torch.device(arguments.device), Console()
+    made = [] if arguments.out is None else check_out(arguments.out)
+    try:
+        measure(paths, torch.device(arguments.device), batch_size, arguments.out)
+    finally:
+        for folder in made:  # of a profile that did not end well, nothing is left
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def measure(paths: Sequence[Path], device: torch.device, batch_size: int, out: Path | None) -> None:
+    """Measures experiments, prints a table of each, and writes them if a folder is given."""
+    console = Console()
     profiles = {}
     for path in paths:
         with console.status(f"measuring {path}"):
             profiles[str(path)] = profile_experiment(path, device, batch_size)
         console.print(table_of(str(path), profiles[str(path)], batch_size))
     console.print(f"per image, in float32; ms on {describe(device)}")
-    if arguments.out is not None:
-        write(arguments.out, profiles, batch_size, describe(device))
-        console.print(f"written: {', '.join(str(arguments.out / name) for name in FILES)}")
+    if out is not None:
+        write(out, profiles, batch_size, describe(device))
+        console.print(f"written: {', '.join(str(out / name) for name in FILES)}")
 
 
-def check_out(folder: Path) -> None:
-    """Makes the folder; raises ValueError if it cannot be written to, or holds a profile."""
+def check_out(folder: Path) -> list[Path]:
+    """Makes the folder, and returns it and those above it that were not there.
+
+    Raises:
+        ValueError: it cannot be written to, or holds a profile.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     there = [folder / name for name in FILES if (folder / name).exists()]
     if there:
         raise ValueError(f"{there[0]} exists: remove it, or give another --out")
@@ -92,6 +107,7 @@ def check_out(folder: Path) -> None:
         raise ValueError(
             f"--out {folder} cannot be written to ({error.strerror}): give another"
         ) from error
+    return made
 
 
 def describe(device: torch.device) -> str:
@@ -130,7 +146,7 @@ def in_digits(number: float | None) -> str:
 def write(
     folder: Path, profiles: Mapping[str, Sequence[Costs]], batch_size: int, device: str
 ) -> None:
-    """Writes table and picture, each whole or not at all."""
+    """Writes table and picture, both whole or none."""
     rows = [
         {"experiment": experiment, **row._asdict(), "batch_size": batch_size, "device": device}
         for experiment, costs in profiles.items()
@@ -142,7 +158,14 @@ def write(
     writer.writerows(rows)
     picture = io.BytesIO()
     profile_figure(rows).save(picture, format="png", scale_factor=2)
-    for name, content in zip(FILES, (text.getvalue().encode(), picture.getvalue()), strict=True):
-        part = folder / f"{name}.part"
-        part.write_bytes(content)
-        os.replace(part, folder / name)
+    parts = [folder / f"{name}.part" for name in FILES]
+    try:
+        for part, content in zip(
+            parts, (text.getvalue().encode(), picture.getvalue()), strict=True
+        ):
+            part.write_bytes(content)
+        for part in parts:
+            os.replace(part, part.with_suffix(""))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

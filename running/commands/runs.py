@@ -10,6 +10,7 @@ empty (nothing was saved yet), or broken, and then the table says why.
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from reports import BROKEN, RunRecord, age, find_runs, progress, read_run
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +76,7 @@ def show(records: Sequence[RunRecord], folder: Path) -> None:
         state = f"{record.state}: {record.why}" if record.why else record.state
         history = record.history
         cells = (
-            name.encode("utf-8", "replace").decode(),
+            CONTROL.sub("?", name.encode("utf-8", "replace").decode()),
             state,
             progress(record),
             "" if history.best is None else f"{history.best:.4g}",

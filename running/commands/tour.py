@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from reports import in_units, read_run
+from reports import check_out, in_units, read_run
 from running.background import start
 from running.commands import report
 from running.history import CSVHistory
@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     folder = arguments.dir
     folder.mkdir(parents=True, exist_ok=True)
+    check_out(folder / "report", "--dir")  # before minutes of training
     console = Console()
     console.print(
         f"Six methods on 1,797 handwritten digits, {num_at_once()} at a time; each run is a folder "
@@ -178,5 +179,7 @@ def epochs_done(folder: Path) -> int:
 def answer(folder: Path) -> str:
     """Returns, in words, what a run has reached at its cheapest and at its dearest point."""
     points = sorted(read_run(folder).points, key=lambda point: point.macs)
+    if not points:
+        raise ValueError(f"{folder} has lost its results: delete that folder, and repeat this")
     ends = [points[0], points[-1]] if len(points) > 1 else points
     return " to ".join(f"{each.test_acc:.2%} at {in_units(each.macs)} MACs" for each in ends)
