@@ -67,6 +67,7 @@ from networks.thresholds import (
     thresholds_for_budget,
     thresholds_for_fractions,
 )
+from networks.weights import LoadedWeights, load_weights
 
 __all__ = [
     "MAX_GRID",
@@ -87,6 +88,7 @@ __all__ = [
     "EarlyExit",
     "ExitCosts",
     "ExitStream",
+    "LoadedWeights",
     "MSDNet",
     "MultiExitNetwork",
     "OnlyUsed",
@@ -127,6 +129,7 @@ __all__ = [
     "geometric_fractions",
     "join_answers",
     "kept_bytes",
+    "load_weights",
     "median_seconds",
     "peak_bytes",
     "recalibrate",

@@ -38,7 +38,7 @@ MACHINE = ("lazy", "memory_efficient")
 # Chooses what is evaluated, or matters in training alone.
 NOT_EVALUATED = (
     *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
-    *("optimizer", "lr_scheduler", "lr_interval", "trunk_checkpoint", "seed"),
+    *("optimizer", "lr_scheduler", "lr_interval", "tuning", "seed"),
 )
 OBSERVERS = (
     lightning_callbacks.DeviceStatsMonitor,

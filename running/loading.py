@@ -251,9 +251,7 @@ def load_run(
     """
     folder, device = Path(folder), check_device(device)
     config = read_config(folder)
-    select = checkpoint or (config.get("checkpoint") or {}).get("select", "last")
-    check_choice("checkpoint", select, Select)
-    path = find_checkpoint(folder, select)
+    path = find_checkpoint(folder, checkpoint or selection(config))
     content = AtomicCheckpointIO().load_checkpoint(path)
     check_content(content, path)
     from datamodules import ImageFormat  # slow to import
@@ -291,12 +289,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def selection(config: dict[str, Any]) -> Select:
+    """Returns which checkpoint the configuration of a run selects."""
+    return (config.get("checkpoint") or {}).get("select", "last")
+
+
 def find_checkpoint(folder: Path, select: Select) -> Path:
     """Returns the path of a checkpoint.
 
     Raises:
         FileNotFoundError: there is none; says which there is.
+        ValueError: unknown `select`.
     """
+    check_choice("checkpoint", select, Select)
     names: dict[str, Literal["best.ckpt", "last.ckpt"]] = {"best": BEST, "last": LAST}
     path = folder / names[select]
     if not path.is_file():
