@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_modules.answers import PointAnswers, choose_exits
 from lightning_modules.base import (
+    PLAIN,
     Batch,
     Cost,
     ImageClassifier,
@@ -101,7 +102,7 @@ class MultiExitClassifier(ImageClassifier):
         lr_scheduler: SchedulerFactory | None,
         lr_interval: Interval,
         seed: int,
-        tuning: Tuning,
+        tuning: Tuning = PLAIN,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
         if net.num_exits < 2:

@@ -53,6 +53,6 @@ def read_torchvision(name: str) -> dict[str, Any]:
     except (OSError, RuntimeError) as error:  # of no network, or of another checksum
         reason = " ".join(str(error).split())[:100]
         raise OSError(
-            f"{name} cannot be downloaded ({reason}): fetch {models.get_weight(name).url} elsewhere, "
-            "and name the file in tuning.weights"
+            f"{name} cannot be had ({reason}): fetch {models.get_weight(name).url} where "
+            "there is a network, and name the file in tuning.weights"
         ) from error
