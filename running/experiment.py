@@ -80,6 +80,16 @@ def evaluated(config: Config) -> dict[str, Any]:
     return _flatten({"model": model, "data": data})
 
 
+def renamed(config: Config) -> Config:
+    """Returns the configuration of an earlier attempt with the arguments that have new names."""
+    model = config.get("model")
+    init_args = dict((model.get("init_args") if isinstance(model, Mapping) else None) or {})
+    if "trunk_checkpoint" not in init_args:
+        return config
+    tuning = {"weights": init_args.pop("trunk_checkpoint")}
+    return {**config, "model": {**model, "init_args": {**init_args, "tuning": tuning}}}
+
+
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """Returns the first key whose values differ, with both of them; None if there is none."""
     for key in sorted(there.keys() | here.keys()):

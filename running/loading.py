@@ -31,6 +31,7 @@ from networks import TIMED_BATCH_SIZE, check_choice, early_exit, early_exit_stre
 from running.arguments import one_line
 from running.checkpoint import BEST, FORMAT, LAST, Select
 from running.checkpoint_io import AtomicCheckpointIO
+from running.experiment import renamed
 from running.folder import read_yaml
 
 if TYPE_CHECKING:  # data sets take long to import
@@ -283,7 +284,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         below = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
         remedy = f", give one of those in it: {', '.join(below[:5])}" if below else ""
         raise FileNotFoundError(f"{folder} is no run folder: it holds no config.yaml{remedy}")
-    config = read_yaml(path)
+    config = renamed(read_yaml(path))
     if not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} names no model: it is not the configuration of a run")
     return config
