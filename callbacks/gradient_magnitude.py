@@ -15,7 +15,7 @@ class GradientMagnitudeLogger(Callback):
     Reads of the module: `net`.
 
     Raises:
-        ValueError: the network has no convolution.
+        ValueError: the network has no convolution, or the first is frozen.
     """
 
     only_observes = True
@@ -33,6 +33,11 @@ class GradientMagnitudeLogger(Callback):
                 "which has no convolution: remove it from trainer.callbacks"
             )
         self.first = convs[0]
+        if not self.first.weight.requires_grad:
+            raise ValueError(
+                "GradientMagnitudeLogger logs the gradient of the first convolution, which is "
+                "frozen: remove it from trainer.callbacks"
+            )
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

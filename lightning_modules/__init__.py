@@ -17,6 +17,8 @@ from lightning_modules.stochastic_depth import (
     survival_probabilities,
     zero_missing_gradients,
 )
+from lightning_modules.tuning import Tuning
+from lightning_modules.weight_files import read_weight_file
 
 __all__ = [
     "FULL",
@@ -32,9 +34,11 @@ __all__ = [
     "LossNotFinite",
     "MultiExitClassifier",
     "PointAnswers",
+    "Tuning",
     "WarmupMultiStepLR",
     "accuracy_name",
     "check_data",
+    "read_weight_file",
     "sgd",
     "survival_probabilities",
     "zero_missing_gradients",

@@ -1,28 +1,23 @@
 """What every method shares: optimizer wiring, metrics over operating points, keyed seeds."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from chance import key_to_seed
 from lightning_modules.answers import PointAnswers, gather_points
 from lightning_modules.fitting import check_data, check_same_network
 from lightning_modules.losses import LossWatch, stopped
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
-from lightning_modules.schedules import Interval, check_schedule
-from networks import Capture, CapturedNetwork, check_choice, count_macs, count_params
+from lightning_modules.schedules import Interval
+from lightning_modules.tuned import OptimizerFactory, SchedulerFactory, TunedModule, sgd
+from lightning_modules.tuning import PLAIN, Tuning
+from networks import Capture, CapturedNetwork, count_macs, count_params
 
-OptimizerFactory = Callable[[Iterable], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -34,12 +29,7 @@ class Cost(NamedTuple):
     params: int
 
 
-def sgd(params: Iterable) -> Optimizer:
-    """SGD with learning rate 0.1, momentum 0.9, weight decay 1e-4: where most papers start."""
-    return SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(TunedModule):
     """Base of the methods; each writes a `training_step`, and `operating_points` if it has several.
 
     Args:
@@ -48,6 +38,7 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: makes the scheduler from the optimizer; None keeps the learning rate.
         lr_interval: whether the scheduler is stepped per "epoch" or per optimizer "step".
         seed: the run's seed; keys everything that is drawn (see `chance`).
+        tuning: what a fit starts from, what it changes and how fast.
 
     Attributes:
         capture: how training steps run the network; the machine's matter, set before they do.
@@ -64,14 +55,11 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
+        tuning: Tuning = PLAIN,
     ):
-        super().__init__()
-        check_choice("lr_interval", lr_interval, Interval)
         # The memory format in which CPUs and tensor cores convolve fastest; the weights decide it.
-        self.net = net.to(memory_format=torch.channels_last)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
+        net = net.to(memory_format=torch.channels_last)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, tuning)
         self.seed = seed
         self.capture: Capture = "none"
         self._recorded: dict[str, CapturedNetwork] = {}
@@ -148,40 +136,6 @@ class ImageClassifier(pl.LightningModule):
         return self._recorded[name]
 
     # --- optimization -----------------------------------------------------------------------------
-
-    def optimized_parameters(self) -> Iterable:
-        """Returns the parameters, or groups of them, as torch's optimizers take them."""
-        return self.net.parameters()
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.optimized_parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        check_schedule(scheduler, self.training_length, self.lr_interval)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval},
-        }
-
-    @property
-    def training_length(self) -> float | None:
-        """How often the scheduler is stepped; infinite without an end, None if not known."""
-        trainer = self.trainer
-        if self.lr_interval == "epoch" and trainer.max_steps == -1:
-            return math.inf if trainer.max_epochs == -1 else trainer.max_epochs
-        if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
-            return None
-        steps = trainer.estimated_stepping_batches
-        if steps == -1:  # of data whose length is not known
-            return None
-        if self.lr_interval == "step" or math.isinf(steps):
-            return steps
-        trainer.fit_loop.setup_data()  # which knows the number of batches
-        steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        if not 0 < steps_per_epoch < math.inf:
-            return None
-        return math.ceil(steps / math.ceil(steps_per_epoch))
 
     def batches_in_step(self, batch_idx: int) -> int:
         """Returns how many batches are accumulated in the optimizer step that a batch is part of.
@@ -276,6 +230,7 @@ class ImageClassifier(pl.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         self.losses.seen.clear()  # of a training that has failed
         data = self.trainer.datamodule
         # A data module of the user's own need not say what is in it.
@@ -370,6 +325,7 @@ class ImageClassifier(pl.LightningModule):
         checkpoint["train_metrics"] = ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_same_network(self.state_dict(), checkpoint["state_dict"])
         if not self.is_fitting:
             return

@@ -8,21 +8,16 @@ Differences from the released code:
     * Thresholds are screened on validation data; the released code screens on the test set.
 """
 
-import contextlib
 import math
-import pickle
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from archive import is_intact
-from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory
+from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFactory, Tuning
 from lightning_modules.metrics import FULL
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
 from lightning_modules.schedules import Interval
@@ -57,14 +52,12 @@ class LitBranchyNet(MultiExitClassifier):
         exit_criterion: "entropy" is the paper's.
         exit_thresholds: one per exit but the last, shallow to deep; adds the operating point
             "adaptive", which `predict` then uses.
-        trunk_checkpoint: a checkpoint whose trunk a new run starts from ("stage 2"): of a
-            `LitBranchyNet`, or of another module with the bare trunk.
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. The paper's
+            "stage 2" starts from `tuning.weights` of a trained trunk.
 
     Raises:
-        ValueError: wrong weights or thresholds, more than 14 exits, a trunk that does not fit, or a
-            run that goes on from a checkpoint of other weights of the losses.
-        FileNotFoundError: no trunk checkpoint.
+        ValueError: wrong weights or thresholds, more than 14 exits, or a run that goes on from a
+            checkpoint of other weights of the losses.
     """
 
     def __init__(
@@ -73,14 +66,14 @@ class LitBranchyNet(MultiExitClassifier):
         exit_loss_weights: Sequence[float] | None = None,
         exit_criterion: Criterion = "entropy",
         exit_thresholds: Sequence[float] | None = None,
-        trunk_checkpoint: str | None = None,
         optimizer: OptimizerFactory = adam,
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
+        tuning: Tuning = PLAIN,
     ):
         super().__init__(
-            net, exit_criterion, exit_thresholds, optimizer, lr_scheduler, lr_interval, seed
+            net, exit_criterion, exit_thresholds, optimizer, lr_scheduler, lr_interval, seed, tuning
         )
         if net.num_exits > MAX_EXITS:
             raise ValueError(
@@ -101,7 +94,6 @@ class LitBranchyNet(MultiExitClassifier):
                 "last exit to train the trunk alone"
             )
         self.exit_loss_weights = weights
-        self.trunk_checkpoint = trunk_checkpoint
         if self.trains_trunk_only:
             if exit_thresholds is not None:
                 raise ValueError(
@@ -110,7 +102,8 @@ class LitBranchyNet(MultiExitClassifier):
                 )
             self.exit_names = [FULL]
             for name, parameter in net.named_parameters():
-                parameter.requires_grad_(not net.in_early_exit(name))
+                if net.in_early_exit(name):
+                    parameter.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -152,37 +145,5 @@ class LitBranchyNet(MultiExitClassifier):
         if self.is_fitting and weights != self.exit_loss_weights:
             raise ValueError(
                 f"the checkpoint is of a training with exit_loss_weights {weights}, not "
-                f"{self.exit_loss_weights}: to start from its trunk, give it as trunk_checkpoint"
+                f"{self.exit_loss_weights}: to start from its trunk, give it as tuning.weights"
             )
-        # A run that goes on has a trunk of its own.
-        self.trunk_checkpoint = None
-
-    def on_fit_start(self) -> None:
-        if self.trunk_checkpoint is not None:
-            self.net.load_trunk(read_weights(Path(self.trunk_checkpoint)))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Returns the weights of the network of a checkpoint.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no checkpoint.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no trunk checkpoint {path}: train the trunk first, or correct trunk_checkpoint"
-        )
-    content = None
-    if is_intact(path):
-        with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain data, or is damaged: correct "
-            "trunk_checkpoint"
-        )
-    return {
-        key.removeprefix("net."): value for key, value in weights.items() if key.startswith("net.")
-    }

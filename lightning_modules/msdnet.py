@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory, sgd
+from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFactory, Tuning, sgd
 from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
 from lightning_modules.schedules import Interval
 from networks import (
@@ -59,7 +59,7 @@ class LitMSDNet(MultiExitClassifier):
             the operating point "adaptive", which `predict` then uses.
         budget_ms: the same in milliseconds per image, in a batch of 64.
         exit_thresholds: one per exit but the last, shallow to deep, for "adaptive".
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
 
     Raises:
         ValueError: more than one of both budgets and thresholds, or a budget outside what the exits
@@ -76,9 +76,10 @@ class LitMSDNet(MultiExitClassifier):
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
+        tuning: Tuning = PLAIN,
     ):
         super().__init__(
-            net, "confidence", exit_thresholds, optimizer, lr_scheduler, lr_interval, seed
+            net, "confidence", exit_thresholds, optimizer, lr_scheduler, lr_interval, seed, tuning
         )
         if sum(value is not None for value in (budget_macs, budget_ms, exit_thresholds)) > 1:
             raise ValueError("give one of budget_macs, budget_ms and exit_thresholds")
@@ -136,6 +137,7 @@ class LitMSDNet(MultiExitClassifier):
         return FoundThresholds(points, curve, shares)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.budget_macs is None and self.budget_ms is None:
             return
         if not self.validates:

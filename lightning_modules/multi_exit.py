@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightning_modules.answers import PointAnswers, choose_exits
 from lightning_modules.base import (
+    PLAIN,
     Batch,
     Cost,
     ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
+    Tuning,
 )
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.schedules import Interval
@@ -78,7 +80,7 @@ class MultiExitClassifier(ImageClassifier):
         net: a network with exits, two or more.
         exit_criterion: see `networks.early_exit`.
         exit_thresholds: one per exit but the last, to be used instead of those that are found.
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
 
     Attributes:
         exit_names: operating points of the trained exits, shallow to deep: "exit1", ..., "full".
@@ -100,8 +102,9 @@ class MultiExitClassifier(ImageClassifier):
         lr_scheduler: SchedulerFactory | None,
         lr_interval: Interval,
         seed: int,
+        tuning: Tuning = PLAIN,
     ):
-        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
         if net.num_exits < 2:
             raise ValueError("the network has no early exit: give it one, or use LitResNet")
         check_criterion(exit_criterion)

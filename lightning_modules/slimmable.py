@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from chance import generator
 from lightning_modules.base import (
+    PLAIN,
     Batch,
     Cost,
     ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
+    Tuning,
     sgd,
 )
 from lightning_modules.metrics import FULL
@@ -51,8 +53,9 @@ class SlimmableClassifier(ImageClassifier):
         net: a slimmable network.
         eval_widths: widths that are evaluated, as the operating points "w0.25" and the like, beside
             the whole network, which is "full".
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
-            to ordinary convolutions and linear weights alone.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. Weight decay
+            is applied to ordinary convolutions and linear weights alone, unless `tuning` has
+            `decay_norm_and_bias` true.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class SlimmableClassifier(ImageClassifier):
         lr_scheduler: SchedulerFactory | None,
         lr_interval: Interval,
         seed: int,
+        tuning: Tuning,
     ):
-        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
         if len(eval_widths) == 0:
             raise ValueError("eval_widths is empty: give one width or more")
         widest = max(net.width_mults or net.width_mult_range)
@@ -85,19 +89,14 @@ class SlimmableClassifier(ImageClassifier):
 
     # --- optimization -----------------------------------------------------------------------------
 
-    def optimized_parameters(self) -> list[dict[str, Any]]:
-        """Returns two groups: with weight decay, and without."""
+    def spared_by_method(self) -> set[nn.Parameter]:
         decayed = {
             module.weight
             for module in self.net.modules()
             if isinstance(module, nn.Linear)
             or (isinstance(module, nn.Conv2d) and module.groups == 1)
         }
-        parameters = list(self.net.parameters())
-        return [
-            {"params": [p for p in parameters if p in decayed]},
-            {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
-        ]
+        return set(self.net.parameters()) - decayed
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -147,8 +146,9 @@ class LitSlimmable(SlimmableClassifier):
     Args:
         net: a network with `width_mults`.
         eval_widths: widths that are evaluated; None: all of them.
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
-            to ordinary convolutions and linear weights alone.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. Weight decay
+            is applied to ordinary convolutions and linear weights alone, unless `tuning` has
+            `decay_norm_and_bias` true.
 
     Raises:
         ValueError: a network without `width_mults`, or a width that is none of them.
@@ -162,6 +162,7 @@ class LitSlimmable(SlimmableClassifier):
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
+        tuning: Tuning = PLAIN,
     ):
         if net.width_mults is None:
             raise ValueError(
@@ -169,7 +170,7 @@ class LitSlimmable(SlimmableClassifier):
                 "LitUniversallySlimmable"
             )
         widths = net.width_mults if eval_widths is None else eval_widths
-        super().__init__(net, widths, optimizer, lr_scheduler, lr_interval, seed)
+        super().__init__(net, widths, optimizer, lr_scheduler, lr_interval, seed, tuning)
         self.widths = sorted(net.width_mults, reverse=True)
 
     @property
@@ -210,8 +211,9 @@ class LitUniversallySlimmable(SlimmableClassifier):
         inplace_distill: the other widths learn from the widest one's predictions, as they are in
             the same step, instead of from the labels.
         nonuniform: the random widths are ratios of their own for every group of channels.
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`. Weight decay is applied
-            to ordinary convolutions and linear weights alone.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. Weight decay
+            is applied to ordinary convolutions and linear weights alone, unless `tuning` has
+            `decay_norm_and_bias` true.
 
     Attributes:
         widths: those of the latest step, in the order in which they ran.
@@ -234,6 +236,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "step",
         seed: int = 0,
+        tuning: Tuning = PLAIN,
     ):
         if net.width_mult_range is None:
             raise ValueError(
@@ -248,7 +251,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
                 "inplace_distill needs the widest width in every step: set width_rule to sandwich, "
                 "or inplace_distill to false"
             )
-        super().__init__(net, eval_widths, optimizer, lr_scheduler, lr_interval, seed)
+        super().__init__(net, eval_widths, optimizer, lr_scheduler, lr_interval, seed, tuning)
         self.num_widths = num_widths
         self.width_rule = width_rule
         self.inplace_distill = inplace_distill

@@ -30,10 +30,12 @@ from torch.optim import Optimizer
 
 from chance import generator
 from lightning_modules.base import (
+    PLAIN,
     Batch,
     ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
+    Tuning,
     sgd,
 )
 from lightning_modules.metrics import FULL
@@ -70,8 +72,11 @@ def survival_probabilities(
 
 
 def zero_missing_gradients(parameters: Iterable[Tensor]) -> None:
-    """Gives parameters without a gradient one of zeros: weight decay and momentum then act."""
-    missing = [parameter for parameter in parameters if parameter.grad is None]
+    """Gives parameters without a gradient one of zeros: weight decay and momentum then act.
+
+    Not those that are frozen.
+    """
+    missing = [each for each in parameters if each.grad is None and each.requires_grad]
     zeros = [torch.empty_like(parameter) for parameter in missing]
     if zeros:
         torch._foreach_zero_(zeros)  # in one kernel
@@ -92,7 +97,7 @@ class LitStochasticDepth(ImageClassifier):
         rescale: divide open branches by p_l in training and leave them alone at test.
         update_dropped_blocks: a closed block still gets weight decay and momentum (its gradient is
             0, not absent), as in the released code.
-        optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
 
     Attributes:
         survival_probs: p_1..p_L.
@@ -116,8 +121,9 @@ class LitStochasticDepth(ImageClassifier):
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
+        tuning: Tuning = PLAIN,
     ):
-        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
         self.survival_probs = survival_probabilities(
             net.num_blocks, final_survival_prob, decay, net.blocks_per_layer
         )
@@ -186,6 +192,7 @@ class LitStochasticDepth(ImageClassifier):
         return {FULL: partial(self.net, gates=gates)}
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.has_random_shapes and self.capture != "none":
             rank_zero_warn(
                 "with row_counts random every step has other shapes, which cannot be recorded: the "

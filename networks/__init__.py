@@ -70,6 +70,7 @@ from networks.thresholds import (
     thresholds_for_fractions,
 )
 from networks.vision_transformer import VisionTransformer
+from networks.weights import LoadedWeights, load_weights
 from networks.with_exits import WithExits, with_exits
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "EarlyExit",
     "ExitCosts",
     "ExitStream",
+    "LoadedWeights",
     "MSDNet",
     "MultiExitNetwork",
     "OnlyUsed",
@@ -134,6 +136,7 @@ __all__ = [
     "geometric_fractions",
     "join_answers",
     "kept_bytes",
+    "load_weights",
     "median_seconds",
     "peak_bytes",
     "places_to_cut",

@@ -197,6 +197,8 @@ class ResNetWithExits(MultiExitNetwork):
         ValueError: exits that do not fit the trunk.
     """
 
+    trunk_prefix = "trunk."
+
     def __init__(
         self,
         trunk: ResidualNetwork,
@@ -258,12 +260,6 @@ class ResNetWithExits(MultiExitNetwork):
 
     def in_early_exit(self, key: str) -> bool:
         return key.startswith("early_exits.")
-
-    def load_trunk(self, state_dict: dict[str, Tensor]) -> None:
-        """Loads the weights of the trunk, from a network of this class or from a trunk alone."""
-        if not any(key.startswith("trunk.") for key in state_dict):
-            state_dict = {f"trunk.{key}": value for key, value in state_dict.items()}
-        super().load_trunk(state_dict)
 
 
 def _run_blocks(steps: Sequence[tuple[nn.Module, Gate]], x: Tensor) -> Tensor:

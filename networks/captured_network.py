@@ -206,7 +206,9 @@ class CapturedNetwork:
             else:
                 with torch.enable_grad():
                     outputs, self.structure = pytree.tree_flatten(self.run(source.value))
-                if not all(isinstance(each, Tensor) and each.requires_grad for each in outputs):
+                # An output of frozen parts alone has none, but could.
+                can = [isinstance(each, Tensor) and each.is_floating_point() for each in outputs]
+                if not all(can) or not any(each.requires_grad for each in outputs):
                     raise RuntimeError("it returns something that has no gradient")
                 targets = [Buffer(each.detach()) for each in outputs]
                 del outputs  # and what they hold for a backward

@@ -122,7 +122,12 @@ def write_outputs(
 def differentiate(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True) if inputs else ()
+    pairs = zip(outputs, gradients, strict=True)
+    pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+    if not inputs or not pairs:  # of frozen parts
+        return [None] * len(inputs)
+    outputs, gradients = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
 
 
 class Chain:

@@ -66,9 +66,11 @@ class MultiExitNetwork(nn.Module):
         exits: from the state after each stage to logits (N, num_classes). The last one, with all
             stages, is the trunk: the network without early exits.
         num_classes: number of logits.
+        trunk_prefix: what names in its state dict have before those of a trunk alone.
     """
 
     num_classes: int
+    trunk_prefix: str = ""
     stages: Sequence[Callable[[State], State]]
     exits: Sequence[Callable[[State], Tensor]]
 
@@ -83,31 +85,6 @@ class MultiExitNetwork(nn.Module):
     def in_early_exit(self, key: str) -> bool:
         """Tells whether a key of the state dict belongs to an exit other than the last."""
         return any(key.startswith(f"exits.{index}.") for index in range(self.num_exits - 1))
-
-    def load_trunk(self, state_dict: dict[str, Tensor]) -> None:
-        """Loads the weights of the trunk, the last exit included; early exits keep theirs.
-
-        Args:
-            state_dict: of a network of this class; what it holds of early exits is ignored.
-
-        Raises:
-            ValueError: it does not fit; names the first tensor that differs.
-        """
-        own, trunk = (
-            {key: value for key, value in tensors.items() if not self.in_early_exit(key)}
-            for tensors in (self.state_dict(), state_dict)
-        )
-        for key in [*own, *trunk]:
-            here, there = (
-                str(tuple(tensors[key].shape)) if key in tensors else "absent"
-                for tensors in (own, trunk)
-            )
-            if here != there:
-                raise ValueError(
-                    f"the trunk's weights are of another network: {key} is {there} there and "
-                    f"{here} here: give a checkpoint of the same network"
-                )
-        self.load_state_dict(trunk, strict=False)
 
 
 def run_all_exits(network: HasExits, images: Tensor) -> list[Tensor]:

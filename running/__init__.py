@@ -12,6 +12,7 @@ from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
 from running.wandb_logger import FaultTolerantWandbLogger
+from running.weights import read_weights
 
 __all__ = [
     "LAST",
@@ -30,4 +31,5 @@ __all__ = [
     "Tracking",
     "load_run",
     "main",
+    "read_weights",
 ]

@@ -34,6 +34,7 @@ from running.paper import Paper
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints, result_files, show_points
 from running.tracking import Tracking, show_finished
+from running.weights import read_weights
 
 
 class ExperimentCLI(LightningCLI):
@@ -237,10 +238,21 @@ class ExperimentCLI(LightningCLI):
                 f"goes on from {folder.last_checkpoint}, not from --ckpt_path {ckpt_path}"
             )
         elif ckpt_path:
-            check_trained(resume_from.parent, self.config_dump, self.complete)
+            self.check_start(resume_from)
         self.checkpoint.on_begin = partial(folder.record_attempt, self.config_dump)
         self.trainer.loggers = folder.loggers(tracking, self.config_dump)
+        self.model.read_weights = read_weights
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
+
+    def check_start(self, checkpoint: Path) -> None:
+        """Refuses to start from a checkpoint of another experiment, or from that and weights."""
+        weights = self.model.tuning.weights
+        if weights is not None and not (checkpoint.parent / "config.yaml").exists():
+            raise ValueError(
+                f"--ckpt_path {checkpoint} goes on from there, and tuning.weights {weights} starts "
+                "anew: give one of them"
+            )
+        check_trained(checkpoint.parent, self.config_dump, self.complete)
 
     def complete(self, config: dict[str, Any]) -> dict[str, Any]:
         """Returns the configuration of an earlier attempt with the defaults of today's arguments.

@@ -38,7 +38,7 @@ MACHINE = ("lazy", "memory_efficient")
 # Chooses what is evaluated, or matters in training alone.
 NOT_EVALUATED = (
     *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
-    *("optimizer", "lr_scheduler", "lr_interval", "trunk_checkpoint", "seed"),
+    *("optimizer", "lr_scheduler", "lr_interval", "tuning", "seed"),
 )
 OBSERVERS = (
     lightning_callbacks.DeviceStatsMonitor,
@@ -78,6 +78,16 @@ def evaluated(config: Config) -> dict[str, Any]:
     model = _without(config.get("model"), NOT_EVALUATED)
     data = _without(config.get("data"), (*LOGISTICS, *NOT_EVALUATED))
     return _flatten({"model": model, "data": data})
+
+
+def renamed(config: Config) -> Config:
+    """Returns the configuration of an earlier attempt with the arguments that have new names."""
+    model = config.get("model")
+    init_args = dict((model.get("init_args") if isinstance(model, Mapping) else None) or {})
+    if "trunk_checkpoint" not in init_args:
+        return config
+    tuning = {"weights": init_args.pop("trunk_checkpoint")}
+    return {**config, "model": {**model, "init_args": {**init_args, "tuning": tuning}}}
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

@@ -33,7 +33,7 @@ from endless import is_endless
 from running.checkpoint import LAST, PREVIOUS, check_images_per_step, images_per_step
 from running.checkpoint_io import is_damaged
 from running.environment import environment
-from running.experiment import evaluated, first_difference, trained
+from running.experiment import evaluated, first_difference, renamed, trained
 from running.history import CSVHistory
 from running.tracking import Tracking, current_sweep, describe_wandb, open_wandb
 
@@ -233,9 +233,9 @@ def _difference(
     folder: Path, config: Config, complete: Complete, part: Callable[[Config], Config]
 ) -> str | None:
     path = folder / "config.yaml"
-    return (
-        first_difference(part(complete(read_yaml(path))), part(config)) if path.exists() else None
-    )
+    if not path.exists():
+        return None
+    return first_difference(part(complete(renamed(read_yaml(path)))), part(config))
 
 
 def _limits(trainer: pl.Trainer) -> dict[str, int]:

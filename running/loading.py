@@ -32,6 +32,7 @@ from networks import TIMED_BATCH_SIZE, check_choice, early_exit, early_exit_stre
 from running.arguments import one_line
 from running.checkpoint import BEST, FORMAT, LAST, Select
 from running.checkpoint_io import AtomicCheckpointIO
+from running.experiment import renamed
 from running.folder import read_yaml
 
 if TYPE_CHECKING:  # data sets take long to import
@@ -253,9 +254,7 @@ def load_run(
     """
     folder, device = Path(folder), check_device(device)
     config = read_config(folder)
-    select = checkpoint or (config.get("checkpoint") or {}).get("select", "last")
-    check_choice("checkpoint", select, Select)
-    path = find_checkpoint(folder, select)
+    path = find_checkpoint(folder, checkpoint or selection(config))
     content = AtomicCheckpointIO().load_checkpoint(path)
     check_content(content, path)
     from datamodules import ImageFormat  # slow to import
@@ -291,7 +290,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         below = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
         remedy = f", give one of those in it: {', '.join(below[:5])}" if below else ""
         raise FileNotFoundError(f"{folder} is no run folder: it holds no config.yaml{remedy}")
-    config = read_yaml(path)
+    config = renamed(read_yaml(path))
     if not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} names no model: it is not the configuration of a run")
     if not isinstance(config.setdefault("checkpoint", {}), dict | None):
@@ -299,12 +298,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def selection(config: dict[str, Any]) -> Select:
+    """Returns which checkpoint the configuration of a run selects."""
+    return (config.get("checkpoint") or {}).get("select", "last")
+
+
 def find_checkpoint(folder: Path, select: Select) -> Path:
     """Returns the path of a checkpoint.
 
     Raises:
         FileNotFoundError: there is none; says which there is.
+        ValueError: unknown `select`.
     """
+    check_choice("checkpoint", select, Select)
     names: dict[str, Literal["best.ckpt", "last.ckpt"]] = {"best": BEST, "last": LAST}
     path = folder / names[select]
     if not path.is_file():

@@ -244,14 +244,14 @@ EMPTY = {
     "run_dir in a YAML": (("-c", "run_dir: ''\n"), "run_dir"),
     "config": (("-c", ""), "-c"),
     "config in one word": (("--config=",), "--config"),
-    "trunk": (("-c", TRUNK, "--model.init_args.trunk_checkpoint="), "trunk_checkpoint"),
-    "trunk in two words": (
-        ("-c", TRUNK, "--model.init_args.trunk_checkpoint", ""),
-        "trunk_checkpoint",
+    "weights": (("-c", TRUNK, "--model.init_args.tuning.weights="), "tuning.weights"),
+    "weights in two words": (
+        ("-c", TRUNK, "--model.init_args.tuning.weights", ""),
+        "tuning.weights",
     ),
-    "trunk in a YAML": (
-        ("-c", TRUNK, "-c", 'model: {init_args: {trunk_checkpoint: ""}}\n'),
-        "trunk_checkpoint",
+    "weights in a YAML": (
+        ("-c", TRUNK, "-c", 'model: {init_args: {tuning: {weights: ""}}}\n'),
+        "tuning.weights",
     ),
     "data": (("--data.data_dir=",), "--data.data_dir"),
     "project": (("-c", "wandb: {project: ''}\n"), "wandb.project"),

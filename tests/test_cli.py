@@ -187,11 +187,11 @@ def assert_one_line(status: int, output: str, message: str) -> None:
     assert "Traceback" not in output
 
 
-def foreign_trunk(folder: Path) -> str:
+def foreign_trunk(folder: Path) -> dict[str, str]:
     network = CifarResNet(14, in_channels=1)
     weights = {f"net.{key}": value for key, value in network.state_dict().items()}
     torch.save({"state_dict": weights}, folder / "trunk.ckpt")
-    return "trunk.ckpt"
+    return {"weights": "trunk.ckpt"}
 
 
 INIT = "model__init_args__"
@@ -218,15 +218,9 @@ BAD_EXITS = {
         "exit_thresholds need exits that are trained",
     ),
     "order of the exits": ({NET + "exits_after": [2, 0]}, "give rising numbers from 0 to 2"),
-    "no trunk": ({INIT + "trunk_checkpoint": "no.ckpt"}, "no trunk checkpoint no.ckpt: train the"),
-    "no checkpoint": (
-        {INIT + "trunk_checkpoint": "experiment.yaml"},
-        "experiment.yaml is not a checkpoint of tensors",
-    ),
     "trunk of another depth": (
-        {INIT + "trunk_checkpoint": foreign_trunk},
-        "the trunk's weights are of another network: trunk.layer1.1.conv1.weight is (16, 16, 3, 3) "
-        "there and absent here",
+        {INIT + "tuning": foreign_trunk},
+        "trunk.layer1.1.conv1.weight is (16, 16, 3, 3) there and absent here",
     ),
     "image size": (
         {INIT + "net": {"class_path": "networks.BranchyLeNet"}},

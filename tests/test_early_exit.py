@@ -27,6 +27,7 @@ from networks import (
     exit_score,
     exits_taken,
     geometric_fractions,
+    load_weights,
     run_all_exits,
     run_to_exit,
     screen_thresholds,
@@ -444,28 +445,7 @@ def test_answers_carry_no_graph():
     assert not answers.logits.requires_grad
 
 
-# --- Weights of the trunk alone ---
-
-
-def test_load_trunk_takes_the_last_exit_and_leaves_the_others_alone():
-    torch.manual_seed(0)
-    network, source = Dense(), Dense()
-    early = {key: value.clone() for key, value in network.state_dict().items() if "exits.0" in key}
-    network.load_trunk(source.state_dict())
-    for key, value in network.state_dict().items():
-        is_early = key.startswith(("exits.0.", "exits.1."))
-        assert torch.equal(value, source.state_dict()[key]) != is_early, key
-    assert early
-    for key, value in early.items():
-        assert torch.equal(network.state_dict()[key], value)
-
-
-def test_load_trunk_needs_no_early_exits_and_ignores_theirs():
-    network, source = Dense(), Dense().state_dict()
-    del source["exits.0.weight"]
-    source["exits.1.weight"] = torch.zeros(17, 3)
-    network.load_trunk(source)
-    assert torch.equal(network.exits[2].weight, source["exits.2.weight"])
+# --- Weights of elsewhere ---
 
 
 def remove(state_dict, key):
@@ -488,7 +468,7 @@ def test_weights_of_another_network_are_refused(state_dict, message):
     network = Dense()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(ValueError, match=message) as error:
-        network.load_trunk(state_dict())
+        load_weights(network, state_dict())
     assert "\n" not in str(error.value)
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key])

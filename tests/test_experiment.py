@@ -13,7 +13,7 @@ import yaml
 from test_cli import assert_one_line, change
 
 from callbacks import ThroughputMonitor
-from running.experiment import evaluated, first_difference, trained
+from running.experiment import evaluated, first_difference, renamed, trained
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 EMA = "--trainer.callbacks+=EMAWeightAveraging"
@@ -343,3 +343,14 @@ def test_checkpoint_of_another_format_does_not_go_on(finished: Path, tmp_path: P
     torch.save(checkpoint, path)
     command = [*COMMAND, "--trainer.max_epochs=2"]
     assert_one_line(*launch.run(command, folder), "written by another version of this")
+
+
+def test_trunks_of_before_are_weights_of_today() -> None:
+    """Runs of BranchyNet say `trunk_checkpoint`, null in stage 1."""
+    for trunk in (None, "runs/trunk/best.ckpt"):
+        config = {"model": {"class_path": "x", "init_args": {"trunk_checkpoint": trunk, "seed": 1}}}
+        model = renamed(config)["model"]
+        assert model == {"class_path": "x", "init_args": {"seed": 1, "tuning": {"weights": trunk}}}
+        assert "trunk_checkpoint" in config["model"]["init_args"]
+    for config in ({"model": {"class_path": "x"}}, {"data": 1}, {"model": "x"}):
+        assert renamed(config) is config

@@ -29,11 +29,12 @@ ALLOWED = {
     "lightning_modules": {
         *LIGHTNING,
         *{"torch", "torchmetrics", "archive", "chance", "networks", "lightning_modules"},
+        "safetensors",  # a format of weights
     },
     "running": {
         *LIGHTNING,
-        *{"torch", "jsonargparse", "yaml", "rich", "wandb", "archive", "endless"},
-        "preemption",
+        *{"torch", "torchvision", "jsonargparse", "yaml", "rich", "wandb"},
+        *{"archive", "endless", "preemption"},
         *{"onnx", "onnxruntime", "onnxscript", "numpy", "PIL"},  # what leaves the project
         *{"networks", "datamodules", "lightning_modules", "callbacks", "reports", "running"},
     },
