@@ -23,8 +23,9 @@ from torch.optim import Adam, Optimizer
 
 from archive import is_intact
 from lightning_modules.base import Batch, OptimizerFactory, SchedulerFactory
+from lightning_modules.exit_outputs import ExitOutputs, FoundThresholds
 from lightning_modules.metrics import FULL
-from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.schedules import Interval
 from networks import (
     MAX_GRID,
@@ -59,6 +60,8 @@ class LitBranchyNet(MultiExitClassifier):
             "adaptive", which `predict` then uses.
         trunk_checkpoint: a checkpoint whose trunk a new run starts from ("stage 2"): of a
             `LitBranchyNet`, or of another module with the bare trunk.
+        calibrate_exits, max_accuracy_drop, halve_validation: see `MultiExitClassifier`; `predict`
+            uses "accuracy_budget", too, before "adaptive_lossless".
         optimizer, lr_scheduler, lr_interval, seed: see `ImageClassifier`.
 
     Raises:
@@ -74,13 +77,18 @@ class LitBranchyNet(MultiExitClassifier):
         exit_criterion: Criterion = "entropy",
         exit_thresholds: Sequence[float] | None = None,
         trunk_checkpoint: str | None = None,
+        calibrate_exits: bool = False,
+        max_accuracy_drop: float | None = None,
+        halve_validation: bool = False,
         optimizer: OptimizerFactory = adam,
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
         seed: int = 0,
     ):
         super().__init__(
-            net, exit_criterion, exit_thresholds, optimizer, lr_scheduler, lr_interval, seed
+            *(net, exit_criterion, exit_thresholds),
+            *(calibrate_exits, max_accuracy_drop, halve_validation),
+            *(optimizer, lr_scheduler, lr_interval, seed),
         )
         if net.num_exits > MAX_EXITS:
             raise ValueError(
@@ -103,10 +111,16 @@ class LitBranchyNet(MultiExitClassifier):
         self.exit_loss_weights = weights
         self.trunk_checkpoint = trunk_checkpoint
         if self.trains_trunk_only:
-            if exit_thresholds is not None:
+            asked = {
+                "exit_thresholds": exit_thresholds is not None,
+                "calibrate_exits": calibrate_exits,
+                "max_accuracy_drop": max_accuracy_drop is not None,
+                "halve_validation": halve_validation,
+            }
+            for name in (name for name, is_asked in asked.items() if is_asked):
                 raise ValueError(
-                    "exit_thresholds need exits that are trained: drop them, or give every exit a "
-                    "weight in exit_loss_weights"
+                    f"{name} need exits that are trained: drop them, or give every exit a weight "
+                    "in exit_loss_weights"
                 )
             self.exit_names = [FULL]
             for name, parameter in net.named_parameters():
@@ -137,9 +151,10 @@ class LitBranchyNet(MultiExitClassifier):
             "adaptive_knee": screening.knee,
             "adaptive_best": screening.front[-1],
         }
-        return FoundThresholds(
+        return FoundThresholds.of(
             {name: screening.thresholds[point].tolist() for name, point in points.items()},
-            screening.thresholds[screening.front].tolist(),
+            screening,
+            screening.front,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -158,6 +173,7 @@ class LitBranchyNet(MultiExitClassifier):
         self.trunk_checkpoint = None
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.trunk_checkpoint is not None:
             self.net.load_trunk(read_weights(Path(self.trunk_checkpoint)))
 

@@ -59,13 +59,17 @@ from networks.slimmable_layers import (
     WidthMult,
 )
 from networks.slimmable_resnet import SlimmableCifarResNet, SlimmableResNet
+from networks.temperatures import TemperatureScaled, fit_temperature, scale_logits
 from networks.thresholds import (
     MAX_GRID,
+    Screening,
+    cheapest_within,
     check_budget,
     geometric_fractions,
     screen_thresholds,
     thresholds_for_budget,
     thresholds_for_fractions,
+    try_thresholds,
 )
 
 __all__ = [
@@ -94,6 +98,7 @@ __all__ = [
     "ResNet",
     "ResNetWithExits",
     "ResidualNetwork",
+    "Screening",
     "SlimmableBatchNorm2d",
     "SlimmableCifarResNet",
     "SlimmableConv2d",
@@ -104,7 +109,9 @@ __all__ = [
     "SlimmableResNet",
     "Staged",
     "SwitchableBatchNorm2d",
+    "TemperatureScaled",
     "WidthMult",
+    "cheapest_within",
     "check_budget",
     "check_capture",
     "check_choice",
@@ -123,6 +130,7 @@ __all__ = [
     "exit_score",
     "exits_taken",
     "extract",
+    "fit_temperature",
     "fold_survival_probs",
     "geometric_fractions",
     "join_answers",
@@ -132,6 +140,7 @@ __all__ = [
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
+    "scale_logits",
     "screen_thresholds",
     "settle_statistics",
     "thresholds_for_budget",
@@ -139,6 +148,7 @@ __all__ = [
     "time_exits",
     "time_points",
     "time_stages",
+    "try_thresholds",
     "wait_for",
     "walk_stages",
     "walk_whole",

@@ -38,6 +38,7 @@ MACHINE = ("lazy", "memory_efficient")
 # Chooses what is evaluated, or matters in training alone.
 NOT_EVALUATED = (
     *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
+    *("max_accuracy_drop", "halve_validation"),
     *("optimizer", "lr_scheduler", "lr_interval", "trunk_checkpoint", "seed"),
 )
 OBSERVERS = (
@@ -81,8 +82,13 @@ def evaluated(config: Config) -> dict[str, Any]:
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Returns the first key whose values differ, with both of them; None if there is none."""
+    """Returns the first key whose values differ, with both of them; None if there is none.
+
+    An argument that one of them does not have, being of an older version, is switched off there.
+    """
     for key in sorted(there.keys() | here.keys()):
+        if (there.get(key), here.get(key)) in ((None, False), (False, None)):
+            continue
         if there.get(key) != here.get(key):
             return f"{key} is {there.get(key)} there and {here.get(key)} here"
     return None
