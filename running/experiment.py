@@ -82,13 +82,8 @@ def evaluated(config: Config) -> dict[str, Any]:
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Returns the first key whose values differ, with both of them; None if there is none.
-
-    An argument that one of them does not have, being of an older version, is switched off there.
-    """
+    """Returns the first key whose values differ, with both of them; None if there is none."""
     for key in sorted(there.keys() | here.keys()):
-        if (there.get(key), here.get(key)) in ((None, False), (False, None)):
-            continue
         if there.get(key) != here.get(key):
             return f"{key} is {there.get(key)} there and {here.get(key)} here"
     return None
