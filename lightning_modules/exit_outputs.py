@@ -153,13 +153,14 @@ def halves(num_images: int, in_half: bool) -> tuple[slice, slice]:
 def calibrations(
     names: Sequence[str], temperatures: Sequence[float], outputs: ExitLogits, held_out: bool
 ) -> list[Calibration]:
-    """Measures what temperatures do to every exit on some images."""
+    """Measures what temperatures do to every exit on some images; not on those without a score."""
     rows = []
     for index, (name, temperature) in enumerate(zip(names, temperatures, strict=True)):
-        before = outputs.logits[:, index].float()
+        finite = outputs.logits[:, index].isfinite().all(1)
+        before, labels = outputs.logits[finite, index].float(), outputs.labels[finite]
         both = before, scale_logits(before, temperature)
-        errors = (PointAnswers.of(logits, outputs.labels).ece for logits in both)
-        losses = (F.cross_entropy(logits.double(), outputs.labels).item() for logits in both)
+        errors = (PointAnswers.of(logits, labels).ece for logits in both)
+        losses = (F.cross_entropy(logits.double(), labels).item() for logits in both)
         rows.append(Calibration(name, temperature, *errors, *losses, len(before), held_out))
     return rows
 

@@ -25,7 +25,9 @@ from callbacks import ExitStatistics
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitMSDNet, MultiExitClassifier
 from lightning_modules.exit_outputs import (
+    ExitLogits,
     ExitOutputs,
+    calibrations,
     gather_outputs,
     halves,
     held_out,
@@ -300,6 +302,20 @@ def test_interval_covers_the_truth() -> None:
     bounds = np.array([paired_interval(gained, lost, 300) for _, gained, lost, _ in tables])
     inside = (bounds[:, 0] <= -0.03) & (bounds[:, 1] >= -0.03)
     assert 0.93 < inside.mean() < 0.98
+
+
+def test_who_has_no_score_is_not_calibrated() -> None:
+    logits, labels = draw(40, 5, 3.0, 0.5)
+    logits = torch.stack([logits, logits], 1)
+    known = calibrations(["exit1", "full"], [2.0, 0.5], ExitLogits(logits, labels), True)
+    poison = torch.cat([logits, torch.full((3, 2, 5), torch.nan)])
+    poison[:, 1].nan_to_num_(0.0)
+    truth = torch.cat([labels, torch.zeros(3, dtype=torch.long)])
+    first, last = calibrations(["exit1", "full"], [2.0, 0.5], ExitLogits(poison, truth), True)
+    assert first == known[0]
+    assert (known[1].num_images, last.num_images) == (40, 43)
+    (none,) = calibrations(["exit1"], [1.0], ExitLogits(poison[40:, :1], truth[40:]), True)
+    assert none.num_images == 0
 
 
 def test_held_out_is_counted_by_hand() -> None:
