@@ -31,6 +31,13 @@ SPEED = (
     Column("ms_per_image", "ms", ".3f"),
     Column("ms_gain", "in time", ".2f"),
 )
+CALIBRATION = (
+    *("exit", "temperature", "ece_before", "ece_after", "nll_before", "nll_after"),
+    *("num_images", "held_out"),
+)
+HELD_OUT = (
+    *("point", "num_images", "acc", "last_acc", "change", "change_low", "change_high", "macs"),
+)
 
 
 class ExitStatistics(SampledTestImages):
@@ -50,6 +57,12 @@ class ExitStatistics(SampledTestImages):
                              of, of those that leave there; in `exit_images` as PNG. With several
                              processes, of the images of the first
         exit_speed.csv       each operating point against the trunk alone; also printed
+        exit_calibration.csv of modules that fit temperatures: what each does to calibration error
+                             (ECE) and mean negative log-likelihood (NLL) of its exit, on validation
+                             images, and whether these are others than it was fitted to
+        exit_held_out.csv    of modules that halve their validation data: accuracy, MACs and shares
+                             of each point on the half that its thresholds were not found on, and
+                             the 95% interval of what leaving early changes in the accuracy
 
     The last, as the paper has it, is about one image at a time: accuracy, MACs and milliseconds per
     image, and how many times less that is than the trunk needs, which is this network's last exit
@@ -58,9 +71,9 @@ class ExitStatistics(SampledTestImages):
 
     Where the module's `capture` says so, exits and trunk are recorded for it.
 
-    Reads of the module: `capture`, `net`, `exit_names`, `has_early_exits`, `exit_criterion`,
-    `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `test_answers`, `measure()`,
-    `exits_taken()`; of the data module: `load_eval()`, `class_names`.
+    Reads of the module: `capture`, `net`, `answering_net`, `exit_names`, `has_early_exits`,
+    `exit_criterion`, `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `found`,
+    `test_answers`, `measure()`, `exits_taken()`; of the data module: `load_eval()`, `class_names`.
 
     Raises:
         ValueError: the module has no exits.
@@ -108,7 +121,12 @@ class ExitStatistics(SampledTestImages):
             "exit_curve": Table((*thresholds, "test_acc", "macs"), curve),
             "exit_curve_speed": Table(("test_acc", "macs", "ms_per_image"), curve_speed),
             "exit_speed": Table(SPEED, speed),
+            "exit_calibration": Table(CALIBRATION, calibration_rows(pl_module)),
+            "exit_held_out": Table(
+                (*HELD_OUT, *(f"share_{name}" for name in names)), held_out_rows(pl_module)
+            ),
         }
+        tables = {name: table for name, table in tables.items() if table.rows}
         for name, table in tables.items():
             table.write(self.path(trainer, name))
         write_exit_images(trainer, pl_module, self.num_tested, self.path(trainer, "exit_images"))
@@ -140,6 +158,21 @@ def exit_rows(module: LightningModule) -> list[tuple]:
     ]
 
 
+def calibration_rows(module: LightningModule) -> list[list]:
+    return [[row[column] for column in CALIBRATION] for row in module.found.calibration]
+
+
+def held_out_rows(module: LightningModule) -> list[list]:
+    """Returns a row for each point whose thresholds the latest validation has tried."""
+    rows = []
+    for point, thresholds in module.exit_thresholds.items():
+        known = [row for row in module.found.held_out if row["thresholds"] == thresholds]
+        for row in known[:1]:
+            named = {"point": point, **row}
+            rows.append([*(named[column] for column in HELD_OUT), *row["shares"]])
+    return rows
+
+
 def entropy_rows(module: LightningModule) -> list[list[float]]:
     """Returns one row per bin of [0, ln C]: its bounds, and the images of each exit in it."""
     limit = torch.tensor(module.net.num_classes).log().item()
@@ -159,7 +192,7 @@ def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     curve = module.exit_curve[:: max(1, math.ceil(len(module.exit_curve) / MAX_TIMED))]
     contenders = {
         str(index): partial(
-            early_exit, module.net, thresholds=thresholds, criterion=module.exit_criterion
+            early_exit, module.answering_net, thresholds=thresholds, criterion=module.exit_criterion
         )
         for index, thresholds in enumerate(curve)
     }
@@ -169,7 +202,7 @@ def curve_speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
 
 def speed_rows(module: LightningModule, images: Tensor) -> list[tuple]:
     """Returns the trunk and every point of thresholds, in the columns of `SPEED`."""
-    net, costs, criterion = module.net, module.exit_costs, module.exit_criterion
+    net, costs, criterion = module.answering_net, module.exit_costs, module.exit_criterion
     answers = {
         point: EarlyExit(net, thresholds, criterion, module.capture)
         for point, thresholds in module.exit_thresholds.items()

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFactory, Tuning
+from lightning_modules.exit_outputs import ExitOutputs, FoundThresholds
 from lightning_modules.metrics import FULL
-from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.schedules import Interval
 from networks import (
     MAX_GRID,
@@ -52,6 +53,8 @@ class LitBranchyNet(MultiExitClassifier):
         exit_criterion: "entropy" is the paper's.
         exit_thresholds: one per exit but the last, shallow to deep; adds the operating point
             "adaptive", which `predict` then uses.
+        calibrate_exits, max_accuracy_drop, halve_validation: see `MultiExitClassifier`; `predict`
+            uses "accuracy_budget", too, before "adaptive_lossless".
         optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. The paper's
             "stage 2" starts from `tuning.weights` of a trained trunk.
 
@@ -66,6 +69,9 @@ class LitBranchyNet(MultiExitClassifier):
         exit_loss_weights: Sequence[float] | None = None,
         exit_criterion: Criterion = "entropy",
         exit_thresholds: Sequence[float] | None = None,
+        calibrate_exits: bool = False,
+        max_accuracy_drop: float | None = None,
+        halve_validation: bool = False,
         optimizer: OptimizerFactory = adam,
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
@@ -73,7 +79,9 @@ class LitBranchyNet(MultiExitClassifier):
         tuning: Tuning = PLAIN,
     ):
         super().__init__(
-            net, exit_criterion, exit_thresholds, optimizer, lr_scheduler, lr_interval, seed, tuning
+            *(net, exit_criterion, exit_thresholds),
+            *(calibrate_exits, max_accuracy_drop, halve_validation),
+            *(optimizer, lr_scheduler, lr_interval, seed, tuning),
         )
         if net.num_exits > MAX_EXITS:
             raise ValueError(
@@ -95,10 +103,16 @@ class LitBranchyNet(MultiExitClassifier):
             )
         self.exit_loss_weights = weights
         if self.trains_trunk_only:
-            if exit_thresholds is not None:
+            asked = {
+                "exit_thresholds": exit_thresholds is not None,
+                "calibrate_exits": calibrate_exits,
+                "max_accuracy_drop": max_accuracy_drop is not None,
+                "halve_validation": halve_validation,
+            }
+            for name in (name for name, is_asked in asked.items() if is_asked):
                 raise ValueError(
-                    "exit_thresholds need exits that are trained: drop them, or give every exit a "
-                    "weight in exit_loss_weights"
+                    f"{name} need exits that are trained: drop them, or give every exit a weight "
+                    "in exit_loss_weights"
                 )
             self.exit_names = [FULL]
             for name, parameter in net.named_parameters():
@@ -130,9 +144,10 @@ class LitBranchyNet(MultiExitClassifier):
             "adaptive_knee": screening.knee,
             "adaptive_best": screening.front[-1],
         }
-        return FoundThresholds(
+        return FoundThresholds.of(
             {name: screening.thresholds[point].tolist() for name, point in points.items()},
-            screening.thresholds[screening.front].tolist(),
+            screening,
+            screening.front,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFactory, Tuning, sgd
-from lightning_modules.multi_exit import ExitOutputs, FoundThresholds, MultiExitClassifier
+from lightning_modules.exit_outputs import ExitOutputs, FoundThresholds
+from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.schedules import Interval
 from networks import (
     TIMED_BATCH_SIZE,
@@ -28,12 +29,12 @@ from networks import (
     Staged,
     check_budget,
     count_exit_macs,
-    exits_taken,
     geometric_fractions,
     run_all_exits,
     thresholds_for_budget,
     thresholds_for_fractions,
     time_exits,
+    try_thresholds,
 )
 
 RATIOS = (*(number / 20 for number in range(1, 40)), 2.5, 4.0, 8.0, 1e6)
@@ -59,6 +60,9 @@ class LitMSDNet(MultiExitClassifier):
             the operating point "adaptive", which `predict` then uses.
         budget_ms: the same in milliseconds per image, in a batch of 64.
         exit_thresholds: one per exit but the last, shallow to deep, for "adaptive".
+        calibrate_exits, max_accuracy_drop, halve_validation: see `MultiExitClassifier`; the
+            accuracy budget is kept to by one of the 43, and `predict` uses it unless there is
+            "adaptive".
         optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
 
     Raises:
@@ -72,6 +76,9 @@ class LitMSDNet(MultiExitClassifier):
         budget_macs: float | None = None,
         budget_ms: float | None = None,
         exit_thresholds: Sequence[float] | None = None,
+        calibrate_exits: bool = False,
+        max_accuracy_drop: float | None = None,
+        halve_validation: bool = False,
         optimizer: OptimizerFactory = sgd,
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: Interval = "epoch",
@@ -79,7 +86,9 @@ class LitMSDNet(MultiExitClassifier):
         tuning: Tuning = PLAIN,
     ):
         super().__init__(
-            net, "confidence", exit_thresholds, optimizer, lr_scheduler, lr_interval, seed, tuning
+            *(net, "confidence", exit_thresholds),
+            *(calibrate_exits, max_accuracy_drop, halve_validation),
+            *(optimizer, lr_scheduler, lr_interval, seed, tuning),
         )
         if sum(value is not None for value in (budget_macs, budget_ms, exit_thresholds)) > 1:
             raise ValueError("give one of budget_macs, budget_ms and exit_thresholds")
@@ -110,7 +119,8 @@ class LitMSDNet(MultiExitClassifier):
 
     def answer(self, count: int, ensemble: bool, images: Tensor) -> Tensor:
         """Returns the logits of an exit, or the logarithm of the mean probabilities up to it."""
-        logits = run_all_exits(Staged(self.net.stages[:count], self.net.exits[:count]), images)
+        network = self.answering_net
+        logits = run_all_exits(Staged(network.stages[:count], network.exits[:count]), images)
         return mean_log_probs(logits)[-1] if ensemble else logits[-1]
 
     def evaluate(self, images: Tensor) -> dict[str, Tensor]:
@@ -127,14 +137,11 @@ class LitMSDNet(MultiExitClassifier):
             f"budget_exit{index + 1}": thresholds_for_budget(scores, leaving, leaving[index])
             for index in reversed(range(1, self.net.num_exits - 1))
         }
-        curve, shares = [], []
-        for ratio in RATIOS:
-            fractions = geometric_fractions(ratio, self.net.num_exits)
-            curve.append(thresholds_for_fractions(scores, fractions))
-            taken = exits_taken(scores, curve[-1], "confidence")
-            counts = torch.bincount(taken, minlength=self.net.num_exits)
-            shares.append((counts / len(taken)).tolist())
-        return FoundThresholds(points, curve, shares)
+        curve = [
+            thresholds_for_fractions(scores, geometric_fractions(ratio, self.net.num_exits))
+            for ratio in RATIOS
+        ]
+        return FoundThresholds.of(points, try_thresholds(scores, outputs.correct, leaving, curve))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

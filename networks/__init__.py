@@ -61,13 +61,17 @@ from networks.slimmable_layers import (
     WidthMult,
 )
 from networks.slimmable_resnet import SlimmableCifarResNet, SlimmableResNet
+from networks.temperatures import TemperatureScaled, fit_temperature, scale_logits
 from networks.thresholds import (
     MAX_GRID,
+    Screening,
+    cheapest_within,
     check_budget,
     geometric_fractions,
     screen_thresholds,
     thresholds_for_budget,
     thresholds_for_fractions,
+    try_thresholds,
 )
 from networks.vision_transformer import VisionTransformer
 from networks.weights import LoadedWeights, load_weights
@@ -101,6 +105,7 @@ __all__ = [
     "ResNet",
     "ResNetWithExits",
     "ResidualNetwork",
+    "Screening",
     "SlimmableBatchNorm2d",
     "SlimmableCifarResNet",
     "SlimmableConv2d",
@@ -111,9 +116,11 @@ __all__ = [
     "SlimmableResNet",
     "Staged",
     "SwitchableBatchNorm2d",
+    "TemperatureScaled",
     "VisionTransformer",
     "WidthMult",
     "WithExits",
+    "cheapest_within",
     "check_budget",
     "check_capture",
     "check_choice",
@@ -132,6 +139,7 @@ __all__ = [
     "exit_score",
     "exits_taken",
     "extract",
+    "fit_temperature",
     "fold_survival_probs",
     "geometric_fractions",
     "join_answers",
@@ -143,6 +151,7 @@ __all__ = [
     "recalibrate",
     "run_all_exits",
     "run_to_exit",
+    "scale_logits",
     "screen_thresholds",
     "settle_statistics",
     "thresholds_for_budget",
@@ -150,6 +159,7 @@ __all__ = [
     "time_exits",
     "time_points",
     "time_stages",
+    "try_thresholds",
     "wait_for",
     "walk_stages",
     "walk_whole",

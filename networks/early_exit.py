@@ -184,18 +184,19 @@ def entropy(logits: Tensor) -> Tensor:
     0 ln 0 is 0. NaN where a logit is not finite, -inf included, so that such an image is never sure
     of anything. At least float32.
     """
-    log_probs = _widen(logits).log_softmax(1)
+    log_probs = widen(logits).log_softmax(1)
     # Of a logit -inf this is 0 * -inf, which is NaN, and meant to be.
     return -torch.linalg.vecdot(log_probs.exp(), log_probs)
 
 
 def confidence(logits: Tensor) -> Tensor:
     """Returns the largest probability (N,) of softmax(logits (N, C)); NaN as for `entropy`."""
-    logits = _widen(logits)
+    logits = widen(logits)
     return logits.softmax(1).amax(1) + 0 * logits.amin(1)
 
 
-def _widen(logits: Tensor) -> Tensor:
+def widen(logits: Tensor) -> Tensor:
+    """Returns logits in float32 or more."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -208,10 +209,7 @@ def exit_score(logits: Tensor, criterion: Criterion) -> Tensor:
 
 
 def leaves(scores: Tensor, thresholds: float | Tensor, criterion: Criterion) -> Tensor:
-    """Tells which images leave: entropy strictly below the threshold, or confidence at or above it.
-
-    NaN never leaves.
-    """
+    """Tells who leaves: entropy strictly below, or confidence at or above; NaN never does."""
     if criterion == "entropy":
         return scores < thresholds
     check_criterion(criterion)

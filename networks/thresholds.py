@@ -114,6 +114,59 @@ def screen_thresholds(
     )
 
 
+def try_thresholds(
+    scores: Tensor,
+    correct: Tensor,
+    costs: Sequence[float],
+    thresholds: Sequence[Sequence[float]],
+    criterion: Criterion = "confidence",
+) -> Screening:
+    """Tries some thresholds, one after the other; what `screen_thresholds` does with a whole grid.
+
+    Args:
+        scores, correct, costs, criterion: see `screen_thresholds`.
+        thresholds: K - 1 numbers each.
+
+    Raises:
+        ValueError: shapes that do not fit, or no images.
+    """
+    _check_screened(scores, correct, costs)
+    accuracy, counts = [], []
+    for limits in thresholds:
+        taken = exits_taken(scores, limits, criterion)
+        accuracy.append(correct.gather(1, taken[:, None]).sum())
+        counts.append(taken.bincount(minlength=len(costs)))
+    accuracy = torch.stack(accuracy).double().cpu() / len(correct)
+    counts = torch.stack(counts).double().cpu()
+    cost = counts @ torch.tensor(costs, dtype=torch.float64) / len(correct)
+    front = _front(cost, accuracy)
+    return Screening(
+        torch.tensor(thresholds, dtype=torch.float64),
+        *(accuracy, cost, counts / len(correct), front),
+        knee=int(front[_knee(cost[front], accuracy[front])]),
+    )
+
+
+def cheapest_within(accuracy: Sequence[float], cost: Sequence[float], min_accuracy: float) -> int:
+    """Returns the index of the cheapest of several thresholds that are accurate enough.
+
+    Of those that cost the same it is the most accurate.
+
+    Args:
+        accuracy, cost: of each; see `Screening`.
+        min_accuracy: that it has at least, but for rounding.
+
+    Raises:
+        ValueError: none has.
+    """
+    good = [index for index, each in enumerate(accuracy) if each >= min_accuracy - 1e-9]
+    if not good:
+        raise ValueError(
+            f"no thresholds reach an accuracy of {min_accuracy}: the best is {max(accuracy)}"
+        )
+    return min(good, key=lambda index: (cost[index], -accuracy[index]))
+
+
 def _check_screened(scores: Tensor, correct: Tensor, costs: Sequence[float]) -> None:
     num_images, num_exits = correct.shape
     shapes = [(num_images, num_exits), (num_images, num_exits - 1)]

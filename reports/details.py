@@ -38,6 +38,7 @@ def details(experiment: Experiment) -> tuple[list[Figure], list[str]]:
         *exit_figures(experiment),
         entropy_figure(experiment),
         thresholds_figure(experiment),
+        calibration_figure(experiment),
         recalibration_figure(experiment),
         confusion_figure(experiment, notes),
         images_figure(experiment, notes),
@@ -207,6 +208,38 @@ def thresholds_figure(experiment: Experiment) -> Figure | None:
     )
     caption = "Test accuracy and mean cost as the thresholds move from strict to loose."
     return Figure("exit_curve", "Curve of thresholds", caption, finished(chart, rows, 260))
+
+
+def calibration_figure(experiment: Experiment) -> Figure | None:
+    """Returns the calibration error of each exit without and with its temperature."""
+    means = mean_rows(
+        experiment.counted,
+        lambda run: [
+            ((row["exit"], when), number(row[f"ece_{when}"]))
+            for row in run.tables.get("exit_calibration", ())
+            for when in ("before", "after")
+        ],
+    )
+    if not means:
+        return None
+    rows = [{"exit": e, "temperature": when, "value": m.mean} for (e, when), m in means.items()]
+    exits = list(dict.fromkeys(row["exit"] for row in rows))
+    chart = (
+        alt.Chart()
+        .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=80, opacity=1))
+        .encode(
+            x=alt.X("exit:N", sort=exits, axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("value:Q", title="expected calibration error"),
+            color=colour("temperature", ["before", "after"]),
+            shape=shape("temperature", ["before", "after"]),
+            strokeDash=dash("temperature", ["before", "after"]),
+            tooltip=["exit:N", "temperature:N", alt.Tooltip("value:Q", format=".4f")],
+        )
+    )
+    caption = "On validation images, before and after its temperature."
+    return Figure(
+        "exit_calibration", "How calibrated each exit is", caption, finished(chart, rows, 260)
+    )
 
 
 def recalibration_figure(experiment: Experiment) -> Figure | None:

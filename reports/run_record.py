@@ -17,6 +17,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "exits": ("point", "exit", "share", "acc"),
     "exit_entropy": ("from", "to"),
     "exit_curve": ("test_acc", "macs"),
+    "exit_calibration": ("exit", "ece_before", "ece_after"),
     "recalibration": ("name",),
     "confusion": ("point", "true", "predicted", "num_images"),
     "exit_images": ("exit", "kind", "rank", "file"),

@@ -38,6 +38,7 @@ MACHINE = ("lazy", "memory_efficient")
 # Chooses what is evaluated, or matters in training alone.
 NOT_EVALUATED = (
     *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
+    *("max_accuracy_drop", "halve_validation"),
     *("optimizer", "lr_scheduler", "lr_interval", "tuning", "seed"),
 )
 OBSERVERS = (

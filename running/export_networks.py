@@ -109,7 +109,8 @@ def ordinary(module: ImageClassifier, name: str) -> tuple[nn.Module, Callable[[T
     if isinstance(module, MultiExitClassifier) and name in module.exit_names:
         # Of MSDNet the point itself runs the exits before it, too.
         index = module.exit_names.index(name) - len(module.exit_names)  # some are not trained
-        return module.net, partial(run_to_exit, module.net, module.net.num_exits + index)
+        network = module.answering_net
+        return network, partial(run_to_exit, network, network.num_exits + index)
     return module.net, points[name]
 
 
@@ -120,9 +121,10 @@ def take_out_exits(
     state: object = image_format.normalize(images)
     before, names = [images], ["images"]
     stages, exits = [], []
-    for index in range(module.net.num_exits):
+    answering = module.answering_net
+    for index in range(answering.num_exits):
         # Copies, as each loses what it does not run.
-        network, other = copy.deepcopy(module.net), copy.deepcopy(module.net)
+        network, other = copy.deepcopy(answering), copy.deepcopy(answering)
         stage = OnlyUsed(network, network.stages[index], state)
         exit_here = OnlyUsed(other, other.exits[index], stage.example)
         state = stage.example

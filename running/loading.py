@@ -123,7 +123,7 @@ class Point(NamedTuple):
         criterion = self.module.exit_criterion
         normalized = map(self._normalize, batches)
         for logits, index in early_exit_stream(
-            self.module.net, normalized, self.thresholds, criterion, batch_size
+            self.module.answering_net, normalized, self.thresholds, criterion, batch_size
         ):
             yield self._classified(logits, index + 1)
 
@@ -159,7 +159,7 @@ class Point(NamedTuple):
         if self.thresholds is None:
             return self._classified(self.run(pixels), None)
         logits, index = early_exit(
-            self.module.net, pixels, self.thresholds, self.module.exit_criterion
+            self.module.answering_net, pixels, self.thresholds, self.module.exit_criterion
         )
         return self._classified(logits, index + 1)
 
@@ -189,8 +189,12 @@ class LoadedRun(NamedTuple):
 
     @property
     def net(self) -> nn.Module:
-        """The plain network, which takes normalized images (`image_format.normalize`)."""
-        return self.module.net
+        """The plain network, which takes normalized images (`image_format.normalize`).
+
+        With temperatures, if its exits have any: `thresholds` are for what it answers.
+        """
+        is_early = isinstance(self.module, MultiExitClassifier)
+        return self.module.answering_net if is_early else self.module.net
 
     @property
     def class_names(self) -> list[str]:
@@ -215,7 +219,7 @@ class LoadedRun(NamedTuple):
 
         Raises:
             ValueError: there is none of that name (names those there are, the most alike first), or
-                its BN statistics were never computed.
+                its BN statistics or temperatures were never computed.
         """
         points = self.module.operating_points()
         if name not in points:
@@ -230,6 +234,8 @@ class LoadedRun(NamedTuple):
         thresholds = self.thresholds.get(name)
         if thresholds is not None:
             self.module.on_predict_start()
+        elif isinstance(self.module, MultiExitClassifier):
+            self.module.check_found()
         return Point(name, points[name], self.image_format, self.module, thresholds)
 
 

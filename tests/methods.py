@@ -145,8 +145,26 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+METHODS["branchynet_calibrated"] = {
+    "class_path": "lightning_modules.LitBranchyNet",
+    "init_args": {
+        **METHODS["branchynet"]["init_args"],
+        "calibrate_exits": True,
+        "max_accuracy_drop": 0.02,
+        "halve_validation": True,
+    },
+}
+
+TRAINED = tuple(name for name in METHODS if name != "branchynet_calibrated")
+"""The rows that differ in how they train."""
+WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits")
+"""The rows whose images may leave early."""
+
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
-VARIANTS = ("resnet", "stochastic_depth_row", "convnext", "slimmable", "densenet")
+VARIANTS = (
+    *("resnet", "stochastic_depth_row", "convnext", "branchynet_calibrated", "slimmable"),
+    "densenet",
+)
 EXPENSIVE = [
     pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in METHODS
 ]
@@ -177,7 +195,7 @@ def config(method: str) -> dict[str, Any]:
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
     if "StochasticDepth" in model["class_path"]:
         callbacks.append("SurvivalProbabilityLogger")
-    if method in ("branchynet", "msdnet", "with_exits"):
+    if method in WITH_EXITS:
         callbacks.append("ExitStatistics")
     if method == "universally_slimmable":
         callbacks.append("BNRecalibration")

@@ -188,7 +188,7 @@ def watch(
     return watched.waits.num_copies / NUM_WATCHED
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", methods.TRAINED)
 def test_step(method: str, tmp_path: Path) -> None:
     """With the callbacks, the schedule and the books of a run of the command line."""
     module = methods.build(methods.METHODS[method])

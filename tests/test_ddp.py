@@ -94,7 +94,7 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
     for name in ("class_accuracy", "confusion"):
         files = (tmp_path / f"run/{name}{end}.csv" for end in ("", "_again"))
         assert len({file.read_text() for file in files}) == 1
-    if method in ("branchynet", "msdnet"):
+    if method in methods.WITH_EXITS:
         assert_images_are_of_their_class(tmp_path / "run")
 
 

@@ -13,11 +13,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from methods import METHODS, build
+from methods import METHODS, WITH_EXITS, build
 from PIL import Image
 from torch import Tensor, nn
 
 from datamodules import DigitsDataModule, ImageFormat, prepare_images
+from lightning_modules.exit_outputs import FoundThresholds
 from networks import (
     BranchyAlexNet,
     BranchyLeNet,
@@ -205,9 +206,12 @@ def fake_run(method: str, digits: tuple[ImageFormat, Tensor], **arguments: objec
     if method == "universally_slimmable":
         recalibrate(module.net, [normalized], list(module.operating_points().values()))
         module.eval()
-    if method in ("branchynet", "msdnet"):
+    if method == "branchynet_calibrated":
+        module.found = FoundThresholds(temperatures=[0.5, 1.5, 3.0], accuracies=[1.0])
+        module.found = module.found._replace(curve=[[0.5, 0.5]], macs=[1.0], last_accuracy=1.0)
+    if method in WITH_EXITS:
         with torch.no_grad():
-            logits = module.net(normalized)
+            logits = module.answering_net(normalized)
         scores = [exit_score(each, module.exit_criterion) for each in logits[:-1]]
         middle = [(s.sort().values[29] + s.sort().values[30]).item() / 2 for s in scores]
         module.given_thresholds = middle
@@ -248,7 +252,7 @@ def test_every_point_is_what_the_checkpoint_says(
 
 
 @pytest.mark.parametrize("point", ["exit1", "exit2", "full"])
-@pytest.mark.parametrize("method", ["branchynet", "msdnet"])
+@pytest.mark.parametrize("method", WITH_EXITS)
 def test_an_exit_holds_no_other_exit_and_nothing_behind_it(
     method: str, point: str, digits: tuple[ImageFormat, Tensor]
 ) -> None:
@@ -292,7 +296,7 @@ class Adaptive(NamedTuple):
     stages: list
 
 
-@pytest.fixture(scope="module", params=["branchynet", "msdnet"])
+@pytest.fixture(scope="module", params=WITH_EXITS)
 def adaptive(
     request: pytest.FixtureRequest,
     digits: tuple[ImageFormat, Tensor],

@@ -80,7 +80,7 @@ def train(
     return history.path
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", methods.TRAINED)
 def test_step_does_not_wait(method: str, tmp_path: Path) -> None:
     module = methods.build(methods.METHODS[method])
     module.lr_scheduler, module.lr_interval = partial(MultiStepLR, milestones=[4]), "step"

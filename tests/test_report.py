@@ -26,6 +26,7 @@ from running import main
 COMPARED = {"accuracy_macs", "accuracy_ms", "accuracy_params", "learning_accuracy"}
 COMPARED |= {"learning_loss", "gradients"}
 OF_EXITS = {"exit_share", "exit_acc", "exit_entropy", "exit_curve", "exit_images", "points"}
+OF_EXITS |= {"exit_calibration"}
 OF_METHOD = {
     "resnet": {"confusion"},
     "densenet": {"confusion"},
@@ -213,7 +214,7 @@ def test_run_figures_are_pictures_by_name(tmp_path: Path, pictures: None) -> Non
 def test_an_old_run_lacks_what_is_new_and_nothing_else(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "msdnet", is_old=True)
     html = report(tmp_path, out=tmp_path / "out")
-    assert figures_in(html) == COMPARED | OF_EXITS - {"exit_images"}
+    assert figures_in(html) == COMPARED | OF_EXITS - {"exit_images", "exit_calibration"}
     assert "ECE" not in html
 
 
