@@ -300,6 +300,7 @@ class MultiExitClassifier(ImageClassifier):
 
     def on_fit_start(self) -> None:
         """Raises ValueError if there are too few validation images for what is asked of them."""
+        super().on_fit_start()
         asked = {
             "calibrate_exits": self.calibrate_exits,
             "max_accuracy_drop": self.max_accuracy_drop is not None,

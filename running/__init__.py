@@ -6,8 +6,9 @@ from running.cli import ExperimentCLI
 from running.command_line import main
 from running.folder import RunFolder
 from running.history import CSVHistory
-from running.loading import Classified, LoadedRun, Point, load_run
+from running.loading import LoadedRun, load_run
 from running.paper import Paper
+from running.point import Classified, Point
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
