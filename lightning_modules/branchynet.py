@@ -103,21 +103,19 @@ class LitBranchyNet(MultiExitClassifier):
             )
         self.exit_loss_weights = weights
         if self.trains_trunk_only:
-            asked = {
-                "exit_thresholds": exit_thresholds is not None,
-                "calibrate_exits": calibrate_exits,
-                "max_accuracy_drop": max_accuracy_drop is not None,
-                "halve_validation": halve_validation,
-            }
-            for name in (name for name, is_asked in asked.items() if is_asked):
-                raise ValueError(
-                    f"{name} need exits that are trained: drop them, or give every exit a weight "
-                    "in exit_loss_weights"
-                )
-            self.exit_names = [FULL]
-            for name, parameter in net.named_parameters():
-                if net.in_early_exit(name):
-                    parameter.requires_grad_(False)
+            self._train_trunk_only()
+
+    def _train_trunk_only(self) -> None:
+        given = ["exit_thresholds"] if self.given_thresholds is not None else []
+        for name in given + self.needs_validation():
+            raise ValueError(
+                f"{name} need exits that are trained: drop them, or give every exit a weight in "
+                "exit_loss_weights"
+            )
+        self.exit_names = [FULL]
+        for name, parameter in self.net.named_parameters():
+            if self.net.in_early_exit(name):
+                parameter.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch

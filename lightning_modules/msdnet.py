@@ -62,7 +62,8 @@ class LitMSDNet(MultiExitClassifier):
         exit_thresholds: one per exit but the last, shallow to deep, for "adaptive".
         calibrate_exits, max_accuracy_drop, halve_validation: see `MultiExitClassifier`; the
             accuracy budget is kept to by one of the 43, and `predict` uses it unless there is
-            "adaptive".
+            "adaptive". Temperatures far below 1 make many confidences exactly 1, in single
+            precision: these images leave together, and budgets are not all spent.
         optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
 
     Raises:

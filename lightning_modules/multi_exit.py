@@ -298,17 +298,17 @@ class MultiExitClassifier(ImageClassifier):
         }
         return answers | adaptive
 
+    def needs_validation(self) -> list[str]:
+        """Returns the arguments that are given and that need validation images."""
+        given = self.calibrate_exits, self.max_accuracy_drop is not None, self.halve_validation
+        names = "calibrate_exits", "max_accuracy_drop", "halve_validation"
+        return [name for name, is_given in zip(names, given, strict=True) if is_given]
+
     def on_fit_start(self) -> None:
         """Raises ValueError if there are too few validation images for what is asked of them."""
         super().on_fit_start()
-        asked = {
-            "calibrate_exits": self.calibrate_exits,
-            "max_accuracy_drop": self.max_accuracy_drop is not None,
-            "halve_validation": self.halve_validation,
-        }
-        for name in (name for name, is_asked in asked.items() if is_asked):
-            if not self.validates:
-                raise ValueError(f"{name} {NEEDS_VALIDATION}")
+        if self.needs_validation() and not self.validates:
+            raise ValueError(f"{self.needs_validation()[0]} {NEEDS_VALIDATION}")
         data = self.trainer.datamodule
         if hasattr(data, "num_samples"):
             halves(data.num_samples("val"), self.halve_validation)

@@ -18,7 +18,7 @@ from test_loading import edit_checkpoint, train
 from datamodules import DigitsDataModule, ImagesToClassify
 from networks import early_exit
 from running import command_line, load_run, loading
-from running.loading import Point
+from running.point import Point
 from running.predictions import Prediction, PredictionFile
 
 NUM_IMAGES = 40

@@ -405,7 +405,8 @@ def test_unfit_weights_name_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_takes_it_from_a_yaml(method: str, tmp_path: Path) -> None:
     """And says it in what is compared, of a training alone."""
-    from running.loading import build_module
+    from lightning_modules import ImageClassifier
+    from running.loading import build
 
     config = methods.config(method)
     tuning = {
@@ -415,7 +416,7 @@ def test_every_method_takes_it_from_a_yaml(method: str, tmp_path: Path) -> None:
         "decay_norm_and_bias": False,
     }
     config["model"]["init_args"]["tuning"] = tuning
-    assert vars(build_module(config["model"], tmp_path).tuning) == tuning
+    assert vars(build("model", ImageClassifier, config, tmp_path).tuning) == tuning
     assert trained(config)["model.init_args.tuning.weights"] == "w.pt"
     assert not any("tuning" in key for key in evaluated(config))
     assert isinstance(build_module(config["model"], tmp_path).net, nn.Module)

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datamodules import ImagesToClassify, tell_unlike
-from running.loading import CLASSIFY_BATCH_SIZE, Point, load_run
+from running.loading import load_run
+from running.point import CLASSIFY_BATCH_SIZE, Point
 from running.predictions import FILE, Prediction, PredictionFile, top_classes
 
 NUM_WORKERS = 2
