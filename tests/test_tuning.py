@@ -419,4 +419,4 @@ def test_every_method_takes_it_from_a_yaml(method: str, tmp_path: Path) -> None:
     assert vars(build("model", ImageClassifier, config, tmp_path).tuning) == tuning
     assert trained(config)["model.init_args.tuning.weights"] == "w.pt"
     assert not any("tuning" in key for key in evaluated(config))
-    assert isinstance(build_module(config["model"], tmp_path).net, nn.Module)
+    assert isinstance(build("model", ImageClassifier, config, tmp_path).net, nn.Module)
