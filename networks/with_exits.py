@@ -31,7 +31,7 @@ class WithExits(MultiExitNetwork):
     """A network with exits behind some of its modules.
 
     Its state dict holds that of the network under ``network.`` and the exits under ``exits.``;
-    `load_trunk` takes the state dict of the network alone, too. Train, freeze, load and move the
+    `load_weights` takes the state dict of the network alone, too. Train, freeze, load and move the
     network as you like, but let it be made of the modules it was cut with.
 
     Args:
@@ -48,6 +48,8 @@ class WithExits(MultiExitNetwork):
         ValueError: the network cannot be cut there (names the nearest place), does not take such
             images, or the exits do not fit.
     """
+
+    trunk_prefix = "network."
 
     def __init__(
         self,
@@ -82,12 +84,6 @@ class WithExits(MultiExitNetwork):
 
     def in_early_exit(self, key: str) -> bool:
         return key.startswith("exits.")  # the last has no weights of its own
-
-    def load_trunk(self, state_dict: dict[str, Tensor]) -> None:
-        """Loads the weights of the network, from one of this class or from the network alone."""
-        if not self.state_dict().keys() & state_dict.keys():
-            state_dict = {f"network.{key}": value for key, value in state_dict.items()}
-        super().load_trunk(state_dict)
 
 
 def with_exits(

@@ -21,6 +21,7 @@ from networks import (
     early_exit,
     exit_score,
     exits_taken,
+    load_weights,
     places_to_cut,
     run_to_exit,
     with_exits,
@@ -408,16 +409,15 @@ def test_weights_of_the_bare_network_are_its_trunk() -> None:
     torch.manual_seed(9)
     bare, network = Small().eval(), make_small().eval()
     before = copy.deepcopy(network.exits.state_dict())
-    network.load_trunk(bare.state_dict())
+    load_weights(network, bare.state_dict())
     assert_same(network(images())[-1], bare(images()))
     assert_same(network.exits.state_dict(), before)
     other = make_small(["conv"]).eval()
-    other.load_trunk(network.state_dict())
+    load_weights(other, network.state_dict())
     assert_same(other(images())[-1], bare(images()))
-    with pytest.raises(
-        ValueError, match=r"network\.fc\.weight is \(3, 8\) there and \(4, 8\) here"
-    ):
-        network.load_trunk(bare.state_dict() | {"fc.weight": torch.zeros(3, 8)})
+    odd = bare.state_dict() | {"unused.weight": torch.zeros(3, 8)}
+    with pytest.raises(ValueError, match=r"unused\.weight is \(3, 8\) there and \(8, 8\) here"):
+        load_weights(network, odd)
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -766,5 +766,5 @@ def test_trunk_of_a_run_is_the_bare_network() -> None:
     plain_module = LitResNet(net)
     weights = {key.removeprefix("net."): each for key, each in plain_module.state_dict().items()}
     network = with_exits(methods.build(SPECS["timm"]), ["layer1"])
-    network.load_trunk(weights)
+    load_weights(network, weights)
     assert_same(network.network.state_dict(), net.state_dict())
