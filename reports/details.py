@@ -82,7 +82,7 @@ def survival_figure(experiment: Experiment) -> Figure | None:
         return None
     base = alt.Chart().encode(
         x=alt.X("block:Q", axis=alt.Axis(tickMinStep=1)),
-        y=alt.Y("value:Q", title="survival", axis=alt.Axis(format=".0%")).scale(domain=[0, 1]),
+        y=alt.Y("value:Q", title="survival", axis=alt.Axis(format=".1~%")).scale(domain=[0, 1]),
         color=colour("of", ["planned", "realised"]),
     )
     lines = base.transform_filter("datum.of == 'planned'").mark_line(strokeWidth=2)
@@ -110,7 +110,7 @@ def exit_figures(experiment: Experiment) -> list[Figure]:
             ],
         )
         if means:
-            y = alt.Y("value:Q", title=label, axis=alt.Axis(format=".0%"))
+            y = alt.Y("value:Q", title=label, axis=alt.Axis(format=".1~%"))
             chart = marked_lines(means, "exit", "point", y.scale(zero=column == "share"))
             found.append(Figure(f"exit_{column}", title, caption, chart))
     return found
@@ -169,7 +169,7 @@ def entropy_figure(experiment: Experiment) -> Figure | None:
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             x=alt.X("from:Q", title="entropy (nats)"),
-            y=alt.Y("share:Q", title="share of images", axis=alt.Axis(format=".0%")),
+            y=alt.Y("share:Q", title="share of images", axis=alt.Axis(format=".1~%")),
             color=colour("exit", names),
             strokeDash=dash("exit", names),
         )
@@ -255,7 +255,7 @@ def recalibration_figure(experiment: Experiment) -> Figure | None:
     )
     if not means:
         return None
-    y = alt.Y("value:Q", title="test accuracy", axis=alt.Axis(format=".0%"))
+    y = alt.Y("value:Q", title="test accuracy", axis=alt.Axis(format=".1~%"))
     chart = marked_lines(means, "width", "origin", y, "BN statistics")
     caption = "With the BN statistics of the widest, and recalibrated on so many training images."
     title = "Widths before and after recalibration"
