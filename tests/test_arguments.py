@@ -197,7 +197,7 @@ CLASSES = [
     for room in ROOMS
     for name in room.__all__
     if inspect.isclass(value := getattr(room, name)) and not inspect.isabstract(value)
-    if not issubclass(value, tuple)  # what functions return, and no YAML names
+    if not issubclass(value, tuple | torch.utils.data.Dataset)  # what no YAML names
 ]
 CLASSES += [
     Tracking,

@@ -65,7 +65,7 @@ BAD = {
     ),
     "wrong choice": (
         {"model__init_args__decay": "cubic"},
-        "'linear', 'uniform']. Got value: cubic",
+        "'linear', 'uniform', 'drop_path']. Got value: cubic",
     ),
     "survival probability": ({"model__init_args__final_survival_prob": 0.0}, "outside (0, 1]"),
     "survival above 1": ({"model__init_args__final_survival_prob": 1.5}, "outside (0, 1]"),

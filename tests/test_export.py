@@ -460,9 +460,6 @@ def test_images_of_a_folder_are_what_predict_sees(
     images, _ = find_images(run, tmp_path)
     assert torch.equal(images, prepare_images([tmp_path / "a.png"], digits[0]))
     assert images.unique().numel() > 50
-    (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"an image in .* cannot be decoded"):
-        find_images(run, tmp_path)
 
 
 def test_ties_are_no_difference(digits: tuple[ImageFormat, Tensor]) -> None:
@@ -496,9 +493,9 @@ def test_what_is_there_is_replaced_on_request_alone(tmp_path: Path) -> None:
         with written_together(files, content == "new") as there:
             (there / "a.onnx").write_text(content)
             (there / "a_stages").mkdir()
-            (there / "a_stages" / content).touch()
+            (there / "a_stages" / "stage1.onnx").write_text(content)
     assert files[0].read_text() == "new"
-    assert [each.name for each in files[1].iterdir()] == ["new"]
+    assert (files[1] / "stage1.onnx").read_text() == "new"
     assert sorted(tmp_path.iterdir()) == files
     with (
         pytest.raises(FileExistsError, match="give --overwrite"),

@@ -17,7 +17,7 @@ from test_loading import edit_checkpoint, train
 
 from datamodules import DigitsDataModule, ImagesToClassify
 from networks import early_exit
-from running import command_line, load_run, loading
+from running import command_line, load_run, point
 from running.point import Point
 from running.predictions import Prediction, PredictionFile
 
@@ -127,13 +127,13 @@ def test_images_leave_early_in_their_order(
         lambda content: content["exit_thresholds"]["points"].update(adaptive_knee=halves),
     )
     sizes = []
-    stream = loading.early_exit_stream
+    stream = point.early_exit_stream
 
     def spy(network, batches, thresholds, criterion, batch_size):
         sizes.append(batch_size)
         return stream(network, batches, thresholds, criterion, batch_size)
 
-    monkeypatch.setattr(loading, "early_exit_stream", spy)
+    monkeypatch.setattr(point, "early_exit_stream", spy)
     options = ["--point", "adaptive_knee", "--batch_size", "4"]
     status, output = predict(*options, run=copy, images=folder)
     assert status == 0, output
