@@ -1,6 +1,7 @@
 """What every generic test loops over: a row per method, small enough to train in seconds."""
 
 import importlib
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -162,13 +163,18 @@ WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits")
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
 VARIANTS = (
-    *("resnet", "stochastic_depth_row", "convnext", "branchynet_calibrated", "slimmable"),
-    "densenet",
+    *("resnet", "stochastic_depth_row", "vision_transformer", "convnext"),
+    *("branchynet_calibrated", "with_exits", "slimmable", "densenet"),
 )
-EXPENSIVE = [
-    pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in METHODS
-]
-"""The rows for tests that take long."""
+
+
+def variants_slow(names: Iterable[str]) -> list[Any]:
+    """Returns rows for a test that takes long."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if name in VARIANTS else name for name in names]
+
+
+EXPENSIVE = variants_slow(METHODS)
 
 
 def build(spec: Any) -> Any:

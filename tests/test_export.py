@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from methods import METHODS, WITH_EXITS, build
+from methods import METHODS, WITH_EXITS, build, variants_slow
 from PIL import Image
 from torch import Tensor, nn
 
@@ -252,7 +252,7 @@ def test_every_point_is_what_the_checkpoint_says(
 
 
 @pytest.mark.parametrize("point", ["exit1", "exit2", "full"])
-@pytest.mark.parametrize("method", WITH_EXITS)
+@pytest.mark.parametrize("method", variants_slow(WITH_EXITS))
 def test_an_exit_holds_no_other_exit_and_nothing_behind_it(
     method: str, point: str, digits: tuple[ImageFormat, Tensor]
 ) -> None:
@@ -296,7 +296,7 @@ class Adaptive(NamedTuple):
     stages: list
 
 
-@pytest.fixture(scope="module", params=WITH_EXITS)
+@pytest.fixture(scope="module", params=variants_slow(WITH_EXITS))
 def adaptive(
     request: pytest.FixtureRequest,
     digits: tuple[ImageFormat, Tensor],

@@ -304,6 +304,7 @@ def test_widths_that_the_network_does_not_have(module, message: str, tmp_path: P
         make_trainer(tmp_path, callbacks=callbacks).fit(module(), datamodule=DigitsDataModule())
 
 
+@pytest.mark.slow
 def test_sweep_tells_what_recalibration_is_worth(tmp_path: Path) -> None:
     module = LitUniversallySlimmable(network(), eval_widths=[0.25, 0.6, 1.0])
     data = DigitsDataModule(batch_size=64)

@@ -157,6 +157,7 @@ def test_a_resnet_costs_what_torchvisions_does_stage_by_stage():
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_densenet_costs_what_torchvisions_does():
     with torch.device("meta"):
         ours, theirs = costs_of(DenseNet(121)), costs_of(torchvision.models.densenet121())

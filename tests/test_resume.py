@@ -195,7 +195,7 @@ WITH_CALLBACKS = {
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name not in ("stops early", "averages", "accumulates")
+        if name not in ("averages", "accumulates")
         else name
         for name in WITH_CALLBACKS
     ],

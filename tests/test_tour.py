@@ -37,6 +37,7 @@ def travel(folder: Path) -> None:
     tour.Tour(folder, Console(width=80)).travel()
 
 
+@pytest.mark.slow
 def test_every_stop_is_trained_told_and_shown_and_a_second_tour_trains_nothing(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
