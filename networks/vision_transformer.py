@@ -194,7 +194,9 @@ class VisionTransformer(ResidualNetwork):
                 f"{self.image_size} x {self.image_size}: resize them, or set image_size"
             )
         x = self.conv_proj(images).flatten(2).transpose(1, 2)
-        return self.encoder(torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1))
+        # Not len(x), which torch.export takes for a constant.
+        class_token = self.class_token.expand(x.shape[0], -1, -1)
+        return self.encoder(torch.cat([class_token, x], dim=1))
 
     def head(self, x: Tensor) -> Tensor:
         # Only the class's token is read, and a LayerNorm treats every token for itself.

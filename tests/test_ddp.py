@@ -84,7 +84,7 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
             return [
                 (*(row[key] for key in ("name", "test_acc", "macs", "test_top5")), error)
                 for row in csv.DictReader(file)
-                for error in [round(float(row["ece"]), 12)]  # a sum, in another order
+                for error in [round(float(row["ece"]), 6)]  # of batches of other sizes
             ]
 
     of_two = points("operating_points.csv")
