@@ -8,22 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from reports.files import part, text
+from trainer_keys import LIMITS, TRAINER
 
-# As in a run folder's own check (running): this part of the trainer section is the experiment.
-TRAINER = (
-    "accumulate_grad_batches",
-    "check_val_every_n_epoch",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "limit_train_batches",
-    "limit_val_batches",
-    "max_epochs",
-    "max_steps",
-    "overfit_batches",
-    "precision",
-    "sync_batchnorm",
-    "val_check_interval",
-)
+LENGTH = ("max_epochs", "max_steps")
 LOGISTICS = ("data_dir", "eval_batch_size", "num_workers", "predict_dir", "seed")
 MACHINE = ("lazy", "memory_efficient", "seed")
 OBSERVERS = ("Logger", "Monitor", "Statistics", "Sweep", "Summary", "ProgressBar", "Checkpoint")
@@ -39,6 +26,9 @@ def settings(config: Any) -> dict[str, str]:
         for each in (callbacks if isinstance(callbacks, list) else [])
         if not str(part(each, "class_path")).endswith(OBSERVERS)
     ]
+    trainer = {key: part(config, "trainer", key) for key in (*TRAINER, *LENGTH)}
+    for key, default in LIMITS.items():
+        trainer[key] = default if trainer[key] is None else trainer[key]
     data = part(config, "data", "init_args")
     tree = {
         "model": part(config, "model"),
@@ -46,7 +36,7 @@ def settings(config: Any) -> dict[str, str]:
             "class_path": part(config, "data", "class_path"),
             "init_args": _without(data, LOGISTICS),
         },
-        "trainer": {key: part(config, "trainer", key) for key in TRAINER},
+        "trainer": trainer,
         "callbacks": {str(part(each, "class_path")): part(each, "init_args") for each in trains},
         "checkpoint": {key: part(config, "checkpoint", key) for key in ("select", "monitor")},
     }

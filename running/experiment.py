@@ -7,29 +7,8 @@ from typing import Any
 from pytorch_lightning import callbacks as lightning_callbacks
 
 from running.checkpoint import best_mode
+from trainer_keys import LIMITS, TRAINER
 
-# Of a YAML's trainer section, this part is the experiment; the rest says how long, where and how
-# verbosely a run trains, and may change between two attempts of it.
-TRAINER = (
-    "accumulate_grad_batches",
-    "check_val_every_n_epoch",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "limit_train_batches",
-    "limit_val_batches",
-    "overfit_batches",
-    "precision",
-    "sync_batchnorm",
-    "use_distributed_sampler",
-    "val_check_interval",
-)
-# Whole numbers are batches here, other numbers are shares: 1 is not 1.0, which is the default.
-LIMITS = {
-    "limit_train_batches": 1.0,
-    "limit_val_batches": 1.0,
-    "overfit_batches": 0.0,
-    "val_check_interval": 1.0,
-}
 CHECKPOINT = ("select", "monitor", "mode")
 # The images of a step, `batch_size` of every process, must stay as many: see `RunCheckpoint`.
 LOGISTICS = ("data_dir", "batch_size", "eval_batch_size", "num_workers", "predict_dir")

@@ -21,6 +21,7 @@ from PIL import Image
 from run_folders import CLASSES, HOSTILE, METHODS, accuracy, make_all, make_run, write_csv
 
 from reports import experiments_of, pareto_front, read_run, run_figures, write_report
+from reports.configuration import settings
 from running import main
 
 COMPARED = {"accuracy_macs", "accuracy_ms", "accuracy_params", "learning_accuracy"}
@@ -476,3 +477,10 @@ def test_five_hundred_runs(tmp_path: Path, pictures: None) -> None:
     assert {len(group) for group in groups.values()} == {6}
     assert all(len(each.seeds) == 42 for group in groups.values() for each in group)
     assert run_folders.METHODS.keys() == {each.name.split("/")[0] for each in groups["Digits"]}
+
+
+def test_a_limit_that_is_not_given_is_its_default() -> None:
+    """As `fit` takes it, which goes on with such a run."""
+    given = {"trainer": {"limit_train_batches": 1.0, "val_check_interval": 1.0}}
+    assert settings({"trainer": {"limit_train_batches": None}}) == settings(given)
+    assert settings({"trainer": {"limit_train_batches": 0.5}}) != settings(given)

@@ -34,11 +34,21 @@ ALLOWED = {
     "running": {
         *LIGHTNING,
         *{"torch", "torchvision", "jsonargparse", "yaml", "rich", "wandb"},
-        *{"archive", "endless", "preemption"},
+        *{"archive", "endless", "preemption", "trainer_keys"},
         *{"onnx", "onnxruntime", "onnxscript", "numpy", "PIL"},  # what leaves the project
         *{"networks", "datamodules", "lightning_modules", "callbacks", "reports", "running"},
     },
-    "reports": {"altair", "vl_convert", "yaml", "rich", "PIL", "endless", "networks", "reports"},
+    "reports": {
+        "altair",
+        "vl_convert",
+        "yaml",
+        "rich",
+        "PIL",
+        "endless",
+        "trainer_keys",
+        "networks",
+        "reports",
+    },
     "benchmarks": {
         *LIGHTNING,
         *{"torch", "torchvision", "timm", "numpy", "PIL", "chance"},
