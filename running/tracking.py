@@ -222,7 +222,7 @@ def show_finished(trainer: Trainer, select: Callable[[Trainer], Path] | Literal[
         try:
             if select:
                 tracker.log_checkpoint(select(trainer))
-        except Exception as error:
+        except Exception as error:  # of the network or the server: the run folder has it
             rank_zero_warn(f"W&B keeps no checkpoint of {folder}, which has it ({one_line(error)})")
         tracker.flush()
 

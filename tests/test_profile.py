@@ -333,7 +333,7 @@ def test_mistakes_are_one_line(name, experiment, tmp_path, capsys):
     config["model"]["init_args"]["net"]["init_args"]["in_channels"] = 3
     (tmp_path / "channels.yaml").write_text(yaml.safe_dump(config))
     if name == "no GPU" and torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("is about machines without a GPU, and there is one")
     words, message = MISTAKES[name]
     assert main(["profile", *(word.replace("{tmp}", str(tmp_path)) for word in words)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
