@@ -21,8 +21,8 @@ from running import load_run
 from running.arguments import told
 from running.command_line import main
 from running.commands import profile, tour
-from running.export_check import images_in
 from running.exporting import written_together
+from running.exporting.check import images_in
 from running.folder import read_yaml
 
 MAPPING_BOMB = "a: &a {x: 1}\n" + "".join(

@@ -42,17 +42,17 @@ from networks import (
     run_to_exit,
 )
 from running import LoadedRun
-from running.export_check import Answers, Classify, checkpoint, compare, find_images, in_batches
-from running.export_files import (
+from running.exporting import written_together
+from running.exporting.check import Answers, Classify, checkpoint, compare, find_images, in_batches
+from running.exporting.files import (
     as_json,
     onnx_classifier,
     stages_classifier,
     stages_folder,
     write,
 )
-from running.export_networks import EarlyExit, Piece, take_out
-from running.export_onnx import join_exits, to_onnx, to_program
-from running.exporting import written_together
+from running.exporting.onnx_graph import join_exits, to_onnx, to_program
+from running.exporting.pieces import EarlyExit, Piece, take_out
 
 # --- networks -------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def test_mistakes_are_one_line(
 def test_what_differs_from_the_checkpoint_is_not_written(
     branchynet: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import running.export_files as files
+    import running.exporting.files as files
 
     def spoiled(piece):
         model = to_onnx(piece)

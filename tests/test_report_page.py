@@ -109,7 +109,7 @@ def test_hover_names_the_point(visit: Visit) -> None:
     seen = []
     for i in range(points.count()):
         points.nth(i).hover(force=True)
-        tooltip.wait_for(timeout=10_000)
+        tooltip.wait_for(timeout=120_000)
         seen.append(" ".join(tooltip.inner_text().split()))
     assert len(seen) == 8
     for experiment, point in (("slimmable/cifar", "w0.25"), ("msdnet/cifar", "budget_exit2")):

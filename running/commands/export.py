@@ -13,8 +13,8 @@ checkpoint on real images, and then timed beside PyTorch.
 import argparse
 from pathlib import Path
 
-from running.export_files import SUFFIXES
 from running.exporting import export_point
+from running.exporting.files import SUFFIXES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

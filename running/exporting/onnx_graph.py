@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from networks import Criterion
-from running.export_networks import EarlyExit, Piece
+from running.exporting.pieces import EarlyExit, Piece
 
 OPSET = 18
 """The newest that torch's exporter writes itself: from there its files would be converted."""

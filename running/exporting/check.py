@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules import ImageDataModule, ImageFormat, ImagesToClassify
 from networks import exit_score, median_seconds, run_to_exit
-from running.export_networks import EarlyExit, Network
+from running.exporting.pieces import EarlyExit, Network
 from running.loading import LoadedRun, build, read_config
 
 NUM_IMAGES = 1000

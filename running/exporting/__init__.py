@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from running.export_check import (
+from running.exporting.check import (
     BATCH_SIZE,
     checkpoint,
     compare,
@@ -17,9 +17,9 @@ from running.export_check import (
     time_both,
     time_exits_taken,
 )
-from running.export_files import SUFFIXES, Format, targets, write
-from running.export_networks import EarlyExit, Network, take_out
-from running.export_onnx import require_extra
+from running.exporting.files import SUFFIXES, Format, targets, write
+from running.exporting.onnx_graph import require_extra
+from running.exporting.pieces import EarlyExit, Network, take_out
 from running.loading import LoadedRun, load_run
 
 STAGE = re.compile(r"(stage|exit)\d+\.onnx|manifest\.json|run\.py")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from running.environment import environment
-from running.export_check import BATCH_SIZE, Answers, Classify
-from running.export_networks import EarlyExit, Network
-from running.export_onnx import OPSET, add_metadata, join_exits, save_program, to_onnx
+from running.exporting.check import BATCH_SIZE, Answers, Classify
+from running.exporting.onnx_graph import OPSET, add_metadata, join_exits, save_program, to_onnx
+from running.exporting.pieces import EarlyExit, Network
 from running.loading import LoadedRun
 
 Format = Literal["onnx", "torch"]
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-RUNNER = Path(__file__).with_name("export_runner.py")
+RUNNER = Path(__file__).with_name("runner.py")
 
 
 class Exported(NamedTuple):
