@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ import run_folders
 import torch
 from PIL import Image
 from run_folders import make_run
-from test_loading import train
 
 from datamodules import prepare_images
 from datamodules.image_format import ImageFormat
@@ -227,11 +227,6 @@ def test_an_image_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
         prepare_images([tmp_path / "a.png"], image_format)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("resnet"), "resnet")
-
-
 CHANGES: dict[str, Callable[[dict], object]] = {
     "a text": lambda content: "pytorch-lightning_version",
     "run is no mapping": lambda content: content | {"run": [1]},
@@ -249,22 +244,21 @@ CHANGES: dict[str, Callable[[dict], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_checkpoints_of_something_else_are_refused_in_a_line(change: str, trained: Path) -> None:
-    path = trained / "last.ckpt"
-    whole = path.read_bytes()
-    torch.save(CHANGES[change](torch.load(path, weights_only=True)), path)
-    try:
-        with pytest.raises(
-            ValueError, match=r"last\.ckpt (is not a|is no|does not fit the)|has 10 classes and"
-        ):
-            load_run(trained, "last")
-    finally:
-        path.write_bytes(whole)
+def test_checkpoints_of_something_else_are_refused_in_a_line(
+    change: str, trained, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained("resnet"), tmp_path / "run")
+    content = torch.load(run / "last.ckpt", weights_only=True)
+    torch.save(CHANGES[change](content), run / "last.ckpt")
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt (is not a|is no|does not fit the)|has 10 classes and"
+    ):
+        load_run(run, "last")
 
 
-def test_a_device_without_numbers_is_refused(trained: Path) -> None:
+def test_a_device_without_numbers_is_refused(trained) -> None:
     with pytest.raises(ValueError, match="there is no device 'meta'"):
-        load_run(trained, "last", "meta")
+        load_run(trained("resnet"), "last", "meta")
 
 
 # --- exports --------------------------------------------------------------------------------------

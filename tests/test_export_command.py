@@ -1,6 +1,7 @@
 """`python main.py export`: from a run folder to files that work without this project."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import yaml
-from launch import run as launch
-from methods import METHODS, config
+from methods import METHODS
 
 from datamodules import DigitsDataModule
 from running import load_run
@@ -20,58 +19,41 @@ from running.command_line import main
 # The numbers of these runs are nobody's: what is asked is whether files answer as checkpoints do.
 
 
-def train(folder: Path, method: str) -> Path:
-    """Trains a few steps of a method in a folder, and returns that of the run."""
-    experiment = config(method)
-    experiment["trainer"] |= {"max_epochs": 1, "limit_val_batches": 1, "callbacks": []}
-    if method == "universally_slimmable":
-        callback = {"class_path": "callbacks.BNRecalibration", "init_args": {"num_images": 64}}
-        experiment["trainer"]["callbacks"] = [callback]
-    folder.mkdir(exist_ok=True)
-    (folder / "a.yaml").write_text(yaml.safe_dump(experiment))
-    status, output = launch(["fit", "-c", "a.yaml", "--run_dir", method], folder)
-    assert status == 0, output
-    return folder / method
-
-
-@pytest.fixture(scope="module")
-def branchynet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("runs"), "branchynet")
-
-
 def test_mistakes_are_one_line(
-    branchynet: Path,
+    trained,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    run = ["export", "--run", str(branchynet)]
+    command = ["export", "--run", str(trained("branchynet"))]
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     mistakes = [
         (["export", "--run", str(tmp_path)], "holds no config.yaml"),
-        ([*run, "--point", "exit7"], "has no operating point 'exit7': exit1, exit2, "),
-        ([*run, "--format", "tflite"], "invalid choice: 'tflite'"),
-        ([*run, "--point", "adaptive_knee", "--format", "torch"], "use --format onnx"),
-        ([*run, "--out", str(tmp_path / "file" / "a.onnx")], "give another --out"),
-        ([*run, "--out", str(tmp_path / "file")], "give --overwrite, or another --out"),
-        ([*run, "--images", str(tmp_path / "empty")], "no images found"),
+        ([*command, "--point", "exit7"], "has no operating point 'exit7': exit1, exit2, "),
+        ([*command, "--format", "tflite"], "invalid choice: 'tflite'"),
+        ([*command, "--point", "adaptive_knee", "--format", "torch"], "use --format onnx"),
+        ([*command, "--out", str(tmp_path / "file" / "a.onnx")], "give another --out"),
+        ([*command, "--out", str(tmp_path / "file")], "give --overwrite, or another --out"),
+        ([*command, "--images", str(tmp_path / "empty")], "no images found"),
     ]
     for arguments, message in mistakes:
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert main(run) == 2
+    assert main(command) == 2
     assert "pip install -e '.[export]'" in capsys.readouterr().err
-    assert not (branchynet / "export").exists()
+    assert not (trained("branchynet") / "export").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_what_differs_from_the_checkpoint_is_not_written(
-    branchynet: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import running.exporting.files as files
+
+    run = trained("branchynet")
 
     def spoiled(piece):
         model = to_onnx(piece)
@@ -82,17 +64,17 @@ def test_what_differs_from_the_checkpoint_is_not_written(
 
     to_onnx = files.to_onnx
     monkeypatch.setattr(files, "to_onnx", spoiled)
-    assert main(["export", "--run", str(branchynet), "--point", "exit1"]) == 2
+    assert main(["export", "--run", str(run), "--point", "exit1"]) == 2
     assert "not written, as it differs from the checkpoint" in capsys.readouterr().err
-    assert not (branchynet / "export").exists()
+    assert not (run / "export").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_point_of_every_method(
-    method: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    method: str, trained, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = train(tmp_path, method)
+    run = shutil.copytree(trained(method), tmp_path / "run")
     for point in load_run(run).points:
         for kind in ("onnx", "torch"):
             leaves_early = point in load_run(run).thresholds
@@ -131,10 +113,11 @@ print(json.dumps([exits, batched[0].argmax(1).tolist(), json.loads(facts["class_
 
 
 @pytest.mark.slow
-def test_files_work_without_torch_and_this_project(branchynet: Path, tmp_path: Path) -> None:
-    run = load_run(branchynet)
+def test_files_work_without_torch_and_this_project(trained, tmp_path: Path) -> None:
+    folder = trained("branchynet")
+    run = load_run(folder)
     out = tmp_path / "adaptive_knee.onnx"
-    arguments = ["export", "--run", str(branchynet), "--point", "adaptive_knee", "--out", str(out)]
+    arguments = ["export", "--run", str(folder), "--point", "adaptive_knee", "--out", str(out)]
     assert main(arguments) == 0
     data = DigitsDataModule()
     data.setup("test")

@@ -44,18 +44,6 @@ def train(folder: Path, method: str, **changes: Any) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    runs: dict[str, Path] = {}
-
-    def run_of(method: str) -> Path:
-        if method not in runs:
-            runs[method] = train(tmp_path_factory.mktemp(method), method)
-        return runs[method]
-
-    return run_of
-
-
 @pytest.fixture
 def copied(trained, tmp_path: Path) -> Path:
     """A run of its own, to be damaged."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import assert_one_line
-from test_loading import edit_checkpoint, train
+from test_loading import edit_checkpoint
 
 from datamodules import DigitsDataModule, ImagesToClassify
 from networks import early_exit
@@ -22,14 +22,6 @@ from running.point import Point
 from running.predictions import Prediction, PredictionFile
 
 NUM_IMAGES = 40
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    for method in ("resnet", "branchynet"):
-        train(folder / method, method)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +40,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor
 
 
 @pytest.fixture
-def predict(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable:
+def predict(trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable:
     """Runs the command in this process; returns its exit status and what it printed."""
 
-    def run(*options: str, run: str | Path = "resnet/run", images: Path = tmp_path) -> Any:
-        args = ["--run", str(runs / run), "--images", str(images), "--num_workers", "0"]
+    def run(*options: str, run: str | Path = "resnet", images: Path = tmp_path) -> Any:
+        folder = trained(run) if isinstance(run, str) else run
+        args = ["--run", str(folder), "--images", str(images), "--num_workers", "0"]
         out = [] if "--out" in options else ["--out", str(tmp_path / "out.csv")]
         status = command_line.main(["predict", *args, *out, *options])
         printed = capsys.readouterr()
@@ -66,11 +59,11 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_are_the_answers_of_the_network(digits, predict, runs: Path, tmp_path: Path) -> None:
+def test_rows_are_the_answers_of_the_network(digits, predict, trained, tmp_path: Path) -> None:
     folder, images, names = digits
     status, output = predict("--batch_size", "7", images=folder)
     assert status == 0, output
-    answers = load_run(runs / "resnet/run").point().classify(images, batch_size=7)
+    answers = load_run(trained("resnet")).point().classify(images, batch_size=7)
     found = rows(tmp_path / "out.csv")
     header = "file,label,class,probability,exit,point,error," + ",".join(
         f"class{k},probability{k}" for k in range(2, 6)
@@ -109,7 +102,7 @@ def test_workers_and_lines_hold_the_same(digits, predict, tmp_path: Path) -> Non
 
 
 def test_images_leave_early_in_their_order(
-    digits, predict, runs: Path, tmp_path: Path, monkeypatch
+    digits, predict, trained, tmp_path: Path, monkeypatch
 ) -> None:
     """With full batches for the deep stages, and a corrupt image here and there."""
     folder = shutil.copytree(digits[0], tmp_path / "images")
@@ -117,11 +110,11 @@ def test_images_leave_early_in_their_order(
     broken = ["0/000.png", "4/zz.png", "a.png", "b.png", "c.png"]
     for name in broken:
         (folder / name).write_bytes(b"broken")
-    run = load_run(runs / "branchynet/run")
+    run = load_run(trained("branchynet"))
     pixels = run.image_format.normalize(images)
     scores = [torch.distributions.Categorical(logits=x).entropy() for x in run.net(pixels)]
     halves = [values.median().item() for values in scores[:2]]
-    copy = shutil.copytree(runs / "branchynet/run", tmp_path / "run")
+    copy = shutil.copytree(trained("branchynet"), tmp_path / "run")
     edit_checkpoint(
         copy,
         lambda content: content["exit_thresholds"]["points"].update(adaptive_knee=halves),
@@ -154,9 +147,9 @@ def test_images_leave_early_in_their_order(
     assert sizes == [4]  # of stages that run on full batches
 
 
-def test_names_of_every_kind(predict, runs: Path, tmp_path: Path) -> None:
+def test_names_of_every_kind(predict, trained, tmp_path: Path) -> None:
     """Each comes back from the file; nothing in it is a formula for a spreadsheet."""
-    run = shutil.copytree(runs / "resnet/run", tmp_path / "run")
+    run = shutil.copytree(trained("resnet"), tmp_path / "run")
     classes = ["=1+1", "-2", "@x", "+3", "a,b", 'say "x"', "new\nline", "\tx", "plain", "naïve"]
     edit_checkpoint(run, lambda content: content["images"].update(class_names=classes))
     images = tmp_path / "images"
@@ -190,7 +183,7 @@ def test_names_of_every_kind(predict, runs: Path, tmp_path: Path) -> None:
             assert row[key] == (f"'{value}" if value[:1] in ("=", "-", "@", "+", "\t") else value)
 
 
-def test_images_of_every_kind(predict, runs: Path, tmp_path: Path) -> None:
+def test_images_of_every_kind(predict, trained, tmp_path: Path) -> None:
     """They are prepared as `classify` prepares them, and those of other sizes are counted."""
     images = tmp_path / "images"
     images.mkdir()
@@ -208,7 +201,7 @@ def test_images_of_every_kind(predict, runs: Path, tmp_path: Path) -> None:
     found = rows(tmp_path / "out.csv")
     assert [row["file"] for row in found] == [path.name for path in paths]
     with pytest.warns(UserWarning, match="3 of 6 images are not of 32 x 32"):
-        answers = load_run(runs / "resnet/run").point().classify(paths)
+        answers = load_run(trained("resnet")).point().classify(paths)
     probs = [float(row["probability"]) for row in found]
     assert probs == answers.probabilities.amax(1).tolist()
 
@@ -224,7 +217,7 @@ def test_only_corrupt_images(predict, tmp_path: Path) -> None:
     images.mkdir()
     for number in range(3):
         (images / f"{number}.jpg").write_bytes(b"x" * number)
-    for run in ("resnet/run", "branchynet/run"):
+    for run in ("resnet", "branchynet"):
         point = [] if run.startswith("resnet") else ["--point", "adaptive_best"]
         status, output = predict("--overwrite", *point, run=run, images=images)
         assert status == 0, output
@@ -232,8 +225,8 @@ def test_only_corrupt_images(predict, tmp_path: Path) -> None:
         assert [row["file"] for row in rows(tmp_path / "out.csv")] == ["0.jpg", "1.jpg", "2.jpg"]
 
 
-def test_into_the_run_folder_and_never_over_another(digits, runs: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(runs / "resnet/run", tmp_path / "run")
+def test_into_the_run_folder_and_never_over_another(digits, trained, tmp_path: Path) -> None:
+    run = shutil.copytree(trained("resnet"), tmp_path / "run")
     args = ["predict", f"--run={run}", "--images", str(digits[0]), "--num_workers", "0"]
     assert command_line.main(args) == 0
     first = (run / "predictions.csv").read_bytes()
