@@ -9,6 +9,7 @@ from lightning_modules.losses import LossNotFinite
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.msdnet import LitMSDNet
 from lightning_modules.multi_exit import MultiExitClassifier
+from lightning_modules.recipe import Recipe
 from lightning_modules.resnet import LitResNet
 from lightning_modules.schedules import LinearDecayLR, WarmupMultiStepLR
 from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
@@ -34,6 +35,7 @@ __all__ = [
     "LossNotFinite",
     "MultiExitClassifier",
     "PointAnswers",
+    "Recipe",
     "Tuning",
     "WarmupMultiStepLR",
     "accuracy_name",
