@@ -11,7 +11,7 @@ from lightning_modules.msdnet import LitMSDNet
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.recipe import Recipe
 from lightning_modules.resnet import LitResNet
-from lightning_modules.schedules import LinearDecayLR, WarmupMultiStepLR
+from lightning_modules.schedules import LinearDecayLR, WarmupCosineLR, WarmupMultiStepLR
 from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
 from lightning_modules.stochastic_depth import (
     LitStochasticDepth,
@@ -37,6 +37,7 @@ __all__ = [
     "PointAnswers",
     "Recipe",
     "Tuning",
+    "WarmupCosineLR",
     "WarmupMultiStepLR",
     "accuracy_name",
     "check_data",
