@@ -174,6 +174,8 @@ METHODS["recipe"] = {
 
 TRAINED = tuple(name for name in METHODS if name != "branchynet_calibrated")
 """The rows that differ in how they train."""
+ANSWERING = tuple(name for name in METHODS if name != "recipe")
+"""The rows that differ in how they answer."""
 WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits")
 """The rows whose images may leave early."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from launch import run as launch
-from methods import METHODS, config
+from methods import ANSWERING, config
 
 from datamodules import DigitsDataModule
 from running import load_run
@@ -88,7 +88,7 @@ def test_what_differs_from_the_checkpoint_is_not_written(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ANSWERING)
 def test_every_point_of_every_method(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
