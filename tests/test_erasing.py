@@ -98,6 +98,14 @@ def test_images_of_a_folder_are_erased_after_their_colours(folder: Path) -> None
         after, _ = erasing.on_after_batch_transfer(erased, 0)
         assert torch.equal(erase(before, erased[-1]), after)
         assert erased[-1].any(1).all()
+    # Every sample has a box of its own, and another one in every epoch.
+    boxes = [
+        tuple(box.tolist())
+        for epoch in (1, 2)
+        for *_, parts in ready(folder, epoch, random_erasing=1.0).train_dataloader()
+        for box in parts
+    ]
+    assert len(set(boxes)) == len(boxes) == 24
 
 
 def test_mistakes_are_named() -> None:
