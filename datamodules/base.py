@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from datamodules.erasing import erase
 from datamodules.image_format import ImageFormat
 from datamodules.order import evaluation_batches, num_training_batches, training_batches
 
@@ -57,9 +58,9 @@ class ImageDataModule(LightningDataModule):
     loader has the length of the full epoch, and its iterator starts at the batch that the trainer
     has reached.
 
-    A batch, ``(images, labels[, numbers])``, comes to the device as bytes, with the numbers that
-    chance gave to each of its training images. It is augmented and normalised there, and nothing in
-    that makes the host wait for a GPU.
+    A batch, ``(images, labels[, numbers[, boxes]])``, comes to the device as bytes, with what
+    chance gave to each of its training images: numbers, and a box to erase. It is augmented and
+    normalised there, and nothing in that makes the host wait for a GPU.
 
     The fields are the arguments. A subclass names, as a dataclass, only those that it adds or whose
     default it changes, checks them in `__post_init__`, and defines the attributes and
@@ -70,6 +71,7 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: images per process in validation, test and prediction.
         seed: keys order and augmentation; the seed of the run.
         drop_last: leave out the last training batch of an epoch when it is not full.
+        random_erasing: how likely a box of a training image is erased, see `datamodules.erasing`.
 
     Attributes:
         num_classes: number of classes.
@@ -93,6 +95,7 @@ class ImageDataModule(LightningDataModule):
     eval_batch_size: int = 500
     seed: int = 0
     drop_last: bool = False
+    random_erasing: float = 0.0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -102,6 +105,10 @@ class ImageDataModule(LightningDataModule):
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}: give at least 1")
         require(
             self.eval_batch_size >= 1, f"eval_batch_size is {self.eval_batch_size}: give at least 1"
+        )
+        require(
+            0 <= self.random_erasing <= 1,
+            f"random_erasing is {self.random_erasing}: give a probability from 0 to 1",
         )
 
     def num_samples(self, split: Split) -> int:
@@ -212,4 +219,7 @@ class ImageDataModule(LightningDataModule):
         images, labels, *numbers = batch
         if self.transform.shift.device != images.device:
             self.transform.to(images.device)
-        return self.transform(images, *numbers), labels
+        if not (self.random_erasing and numbers):
+            return self.transform(images, *numbers), labels
+        *numbers, boxes = numbers
+        return erase(self.transform(images, *numbers), boxes), labels

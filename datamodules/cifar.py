@@ -25,8 +25,8 @@ class CIFAR10DataModule(InMemoryDataModule):
         data_dir: where to look, and to download to.
         normalization: "channel" uses the constants of the DenseNet and MSDNet code.
         horizontal_flip: flip half of the training images.
-        batch_size, eval_batch_size, val_size, split_seed, seed, crop_padding, drop_last: see
-            `InMemoryDataModule`.
+        batch_size, eval_batch_size, val_size, split_seed, seed, crop_padding, drop_last,
+            random_erasing: see `InMemoryDataModule`.
     """
 
     num_classes = 10

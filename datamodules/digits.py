@@ -33,8 +33,8 @@ class DigitsDataModule(InMemoryDataModule):
 
     Args:
         crop_padding: in pixels of the enlarged image.
-        batch_size, eval_batch_size, val_size, split_seed, seed, normalization, drop_last: see
-            `InMemoryDataModule`.
+        batch_size, eval_batch_size, val_size, split_seed, seed, normalization, drop_last,
+            random_erasing: see `InMemoryDataModule`.
     """
 
     num_classes = 10

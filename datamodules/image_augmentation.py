@@ -11,6 +11,11 @@ to the key's state for one image and then restored.
                aspect 3/4-4/3; brightness, contrast and saturation by up to 0.4 in random order;
                PCA colour, flip.
 "mobile"       (Slimmable) the same with 25-100% of the area.
+"randaugment"  (Cubuk et al. 2020) random crop of 8-100% of the area, flip, then two of the 14
+               operations of torchvision's `RandAugment` (shear, posterize, equalize, ...) at
+               strength 9 of 30. No jitter, no PCA colour.
+"trivialaugment"  (Mueller and Hutter 2021) the same with one operation of any strength, of
+               torchvision's `TrivialAugmentWide`.
 "none"         resize and centre crop, as in evaluation.
 
 Sizes are for `image_size` 224 and scale with it.
@@ -40,9 +45,13 @@ from chance import generator
 from datamodules.image_colour import colour_numbers
 from datamodules.image_files import Box
 
-Augmentation = Literal["resize_crop", "inception", "mobile", "none"]
+Augmentation = Literal[
+    "resize_crop", "inception", "mobile", "randaugment", "trivialaugment", "none"
+]
 Draw = Callable[[Image.Image], tuple[Box, Tensor]]
 """From an image, of which only the size is looked at, to the part to show and colour numbers."""
+
+Policy = Callable[[Image.Image], Image.Image]
 
 JITTER = (0.6, 1.4)  # brightness, contrast and saturation by up to 0.4
 ASPECTS = (3 / 4, 4 / 3)
@@ -83,24 +92,46 @@ def draw_resized_crop(image: Image.Image, smallest: float) -> tuple[Box, Tensor]
     return (left, top, left + width, top + height), colour_numbers(flip, normal, jitter)
 
 
+def draw_crop(image: Image.Image) -> tuple[Box, Tensor]:
+    top, left, height, width = transforms.RandomResizedCrop.get_params(
+        image, [0.08, 1.0], list(ASPECTS)
+    )
+    return (left, top, left + width, top + height), colour_numbers(False, torch.zeros(3))
+
+
+def training_policy(augmentation: Augmentation) -> Policy | None:
+    """Returns what happens to the part of an image that was cut out, before it goes to the device.
+
+    It draws from torch's global generator, after what `training_draw` draws.
+    """
+    policies = {
+        "randaugment": transforms.RandAugment,
+        "trivialaugment": transforms.TrivialAugmentWide,
+    }
+    if augmentation not in policies:
+        return None
+    policy = policies[augmentation](interpolation=transforms.InterpolationMode.BILINEAR)
+    return transforms.Compose([transforms.RandomHorizontalFlip(), policy])
+
+
 def training_draw(augmentation: Augmentation, image_size: int) -> Draw | None:
     """Returns what draws for one training image, from torch's global generator.
 
     None stands for "none": the transform of evaluation.
 
     Raises:
-        ValueError: `augmentation` is not one of the four.
+        ValueError: there is no such `augmentation`.
     """
     draws = {
         "resize_crop": partial(draw_resize_crop, image_size=image_size),
         "inception": partial(draw_resized_crop, smallest=0.08),
         "mobile": partial(draw_resized_crop, smallest=0.25),
+        "randaugment": draw_crop,
+        "trivialaugment": draw_crop,
         "none": None,
     }
     if augmentation not in draws:
-        raise ValueError(
-            f"augmentation is {augmentation!r}: give resize_crop, inception, mobile or none"
-        )
+        raise ValueError(f"augmentation is {augmentation!r}: give one of {', '.join(draws)}")
     return draws[augmentation]
 
 

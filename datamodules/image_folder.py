@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 import preemption
 from chance import generator
 from datamodules.base import Batch, ImageDataModule, Split, require
+from datamodules.erasing import draw_boxes
 from datamodules.image_augmentation import (
     Augmentation,
     Draw,
+    Policy,
     evaluation_transform,
     keyed,
     training_draw,
+    training_policy,
 )
 from datamodules.image_colour import ColourTransform
 from datamodules.image_files import (
@@ -45,6 +48,8 @@ class ImageFiles(Dataset):
         image_size: height and width of what comes out.
         draw: chooses the part of an image to show and its colours; None: the centre as it is.
         seed: the draws are keyed by (seed, epoch, index).
+        policy: changes what was cut out; draws, too.
+        erasing: how likely a box is erased.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class ImageFiles(Dataset):
         image_size: int,
         draw: Draw | None = None,
         seed: int = 0,
+        policy: Policy | None = None,
+        erasing: float = 0.0,
     ):
         # Two arrays instead of a million Python objects, whose reference counts would make every
         # worker copy them.
@@ -62,6 +69,8 @@ class ImageFiles(Dataset):
         self.centre = evaluation_transform(image_size)
         self.draw = draw
         self.seed = seed
+        self.policy = policy
+        self.erasing = erasing
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -71,7 +80,7 @@ class ImageFiles(Dataset):
         return [readable(path) for path in self.paths]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Returns, for a key (epoch, index), an image, its label, and its numbers if it has any.
+        """Returns, for a key (epoch, index), an image, its label, its numbers and its box, if any.
 
         The image is uint8 (H, W, 3), as Pillow stores it: the device puts the channels first.
         """
@@ -81,7 +90,14 @@ class ImageFiles(Dataset):
                 return as_tensor(self.centre(to_rgb(image))), self.labels[index]
             with keyed("augmentation", self.seed, epoch, index):
                 box, numbers = self.draw(image)
-            return as_tensor(resized(image, box, self.image_size)), self.labels[index], numbers
+                shown = resized(image, box, self.image_size)
+                if self.policy is not None:
+                    shown = self.policy(shown)
+        sample = as_tensor(shown), self.labels[index], numbers
+        if not self.erasing:
+            return sample
+        chance, size = generator("erasing", self.seed, epoch, index), (self.image_size,) * 2
+        return *sample, draw_boxes(1, size, self.erasing, chance)[0]
 
 
 def readable(path: bytes) -> str:
@@ -112,7 +128,7 @@ class ImageFolderDataModule(ImageDataModule):
         num_workers: processes that decode; 0 decodes in the main process.
         predict_dir: images to predict, here and in folders below, with the label -1; None: those of
             the test.
-        batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
+        batch_size, eval_batch_size, seed, drop_last, random_erasing: see `ImageDataModule`.
     """
 
     crops_images = True
@@ -132,6 +148,10 @@ class ImageFolderDataModule(ImageDataModule):
         require(
             self.num_workers >= 0,
             f"num_workers is {self.num_workers}: give 0 or a number of processes",
+        )
+        require(
+            self.augmentation != "none" or not self.random_erasing,
+            f"random_erasing is {self.random_erasing} and augmentation none: give one or drop both",
         )
         self.image_shape = (3, self.image_size, self.image_size)
         self._draw = training_draw(self.augmentation, self.image_size)
@@ -169,10 +189,11 @@ class ImageFolderDataModule(ImageDataModule):
             f"val_size is {self.val_size} of {len(train)} training images: lower it",
         )
         order = torch.randperm(len(train), generator=generator("split", self.split_seed))
-        size = self.image_size
+        size, policy = self.image_size, training_policy(self.augmentation)
+        files = ImageFiles(train, size, self._draw, self.seed, policy, self.random_erasing)
         val_indices = order[: self.val_size] if self.val_size else torch.arange(len(val))
         return {
-            "train": (ImageFiles(train, size, self._draw, self.seed), order[self.val_size :]),
+            "train": (files, order[self.val_size :]),
             "val": (ImageFiles(train if self.val_size else val, size), val_indices),
             "test": (ImageFiles(test, size), torch.arange(len(test))),
             "predict": (ImageFiles(predict, size), torch.arange(len(predict))),

@@ -14,6 +14,7 @@ from torch import Tensor
 from chance import generator
 from datamodules.augmentation import BatchTransform, draw_views
 from datamodules.base import Batch, ImageDataModule, Split, require
+from datamodules.erasing import draw_boxes
 from datamodules.normalization import Normalization, statistics
 
 
@@ -54,7 +55,7 @@ class InMemoryDataModule(ImageDataModule):
         split_seed: keys the split, which is thereby the same for every run and every `seed`.
         normalization: see `datamodules.normalization`; computed from the training split alone.
         crop_padding: zeros on each side before a random crop to the original size, in pixels.
-        batch_size, eval_batch_size, seed, drop_last: see `ImageDataModule`.
+        batch_size, eval_batch_size, seed, drop_last, random_erasing: see `ImageDataModule`.
 
     Attributes:
         horizontal_flip: whether half of the training images are flipped; an argument only where
@@ -173,12 +174,15 @@ class InMemoryDataModule(ImageDataModule):
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         train, _ = self._pools()
-        if not (self.crop_padding or self.horizontal_flip):
+        if not (self.crop_padding or self.horizontal_flip or self.random_erasing):
             return self._take(train, self._train_indices, batches)
-        views = draw_views(
-            self.num_samples("train"), self.crop_padding, self.horizontal_flip, self.seed, epoch
-        )
-        return self._take(train, self._train_indices, batches, views)
+        count = self.num_samples("train")
+        views = draw_views(count, self.crop_padding, self.horizontal_flip, self.seed, epoch)
+        if not self.random_erasing:
+            return self._take(train, self._train_indices, batches, views)
+        chance = generator("erasing", self.seed, epoch)
+        boxes = draw_boxes(count, self.image_shape[1:], self.random_erasing, chance)
+        return self._take(train, self._train_indices, batches, views, boxes)
 
     def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
         train, test = self._pools()
@@ -208,7 +212,7 @@ class InMemoryDataModule(ImageDataModule):
             pool: all images, those of other splits included.
             indices: the rows of the samples in it, (num_samples,).
             batches: the samples of each batch.
-            numbers: what else belongs to each sample, (num_samples,).
+            numbers: what else belongs to each sample, (num_samples, ...).
         """
         if not batches:
             return

@@ -56,7 +56,7 @@ class MNISTDataModule(InMemoryDataModule):
     Args:
         data_dir: where to look, and to download to.
         batch_size, eval_batch_size, val_size, split_seed, seed, normalization, crop_padding,
-            drop_last: see `InMemoryDataModule`.
+            drop_last, random_erasing: see `InMemoryDataModule`.
     """
 
     num_classes = 10

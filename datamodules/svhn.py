@@ -57,8 +57,8 @@ class SVHNDataModule(InMemoryDataModule):
     Args:
         data_dir: where to look, and to download to.
         val_size: images held out, a multiple of 30.
-        batch_size, eval_batch_size, split_seed, seed, normalization, crop_padding, drop_last: see
-            `InMemoryDataModule`.
+        batch_size, eval_batch_size, split_seed, seed, normalization, crop_padding, drop_last,
+            random_erasing: see `InMemoryDataModule`.
     """
 
     num_classes = 10

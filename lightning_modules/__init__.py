@@ -9,8 +9,9 @@ from lightning_modules.losses import LossNotFinite
 from lightning_modules.metrics import FULL, accuracy_name
 from lightning_modules.msdnet import LitMSDNet
 from lightning_modules.multi_exit import MultiExitClassifier
+from lightning_modules.recipe import Recipe
 from lightning_modules.resnet import LitResNet
-from lightning_modules.schedules import LinearDecayLR, WarmupMultiStepLR
+from lightning_modules.schedules import LinearDecayLR, WarmupCosineLR, WarmupMultiStepLR
 from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
 from lightning_modules.stochastic_depth import (
     LitStochasticDepth,
@@ -34,7 +35,9 @@ __all__ = [
     "LossNotFinite",
     "MultiExitClassifier",
     "PointAnswers",
+    "Recipe",
     "Tuning",
+    "WarmupCosineLR",
     "WarmupMultiStepLR",
     "accuracy_name",
     "check_data",

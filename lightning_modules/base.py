@@ -13,6 +13,7 @@ from lightning_modules.answers import PointAnswers, gather_points
 from lightning_modules.fitting import check_data, check_same_network
 from lightning_modules.losses import LossWatch, stopped
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
+from lightning_modules.recipe import NONE, Recipe, mix_images, mix_labels
 from lightning_modules.schedules import Interval
 from lightning_modules.tuned import OptimizerFactory, SchedulerFactory, TunedModule, sgd
 from lightning_modules.tuning import PLAIN, Tuning
@@ -39,6 +40,7 @@ class ImageClassifier(TunedModule):
         lr_interval: whether the scheduler is stepped per "epoch" or per optimizer "step".
         seed: the run's seed; keys everything that is drawn (see `chance`).
         tuning: what a fit starts from, what it changes and how fast.
+        recipe: how training batches are mixed and their labels softened.
 
     Attributes:
         capture: how training steps run the network; the machine's matter, set before they do.
@@ -56,11 +58,13 @@ class ImageClassifier(TunedModule):
         lr_interval: Interval = "epoch",
         seed: int = 0,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
         # The memory format in which CPUs and tensor cores convolve fastest; the weights decide it.
         net = net.to(memory_format=torch.channels_last)
         super().__init__(net, optimizer, lr_scheduler, lr_interval, tuning)
         self.seed = seed
+        self.recipe = recipe
         self.capture: Capture = "none"
         self._recorded: dict[str, CapturedNetwork] = {}
         self.losses = LossWatch()
@@ -177,16 +181,58 @@ class ImageClassifier(TunedModule):
         """Whether a trainer is at hand, and trains."""
         return self._trainer is not None and self._trainer.state.fn == "fit"
 
+    # --- what a step learns from -----------------------------------------------------------------
+
+    def mixed(self, batch: Batch, batch_idx: int) -> Batch:
+        """Returns a training batch as `recipe` mixes it; every `training_step` begins with it.
+
+        Returns:
+            Images (N, C, H, W), and targets for `label_loss`: the labels (N,), or of mixed images
+            the share of every class, (N, num_classes).
+
+        Raises:
+            ValueError: there is one image, and nothing to mix it with.
+        """
+        if not self.recipe.mixes:
+            return batch
+        images, labels = batch
+        if len(images) == 1:
+            if batch_idx and self.trainer.is_last_batch:
+                return batch  # what is left of an epoch
+            raise ValueError(
+                "recipe mixes the images of a batch, and this one holds one image: raise batch_size"
+            )
+        mix = self.recipe.draw(*images.shape[2:], self.seed, self.global_step, batch_idx)
+        if mix is None:
+            return batch
+        return mix_images(images, mix), mix_labels(labels, mix, self.net.num_classes)
+
+    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the cross-entropy with the targets of `mixed`, smoothed as `recipe` says.
+
+        Every loss against labels, of any exit or width, is this one.
+
+        Args:
+            logits: (N, num_classes).
+            targets: see `mixed`.
+        """
+        if targets.is_floating_point():
+            targets = targets.to(logits.dtype)
+        return F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+
     # --- training metrics -------------------------------------------------------------------------
 
-    def log_training(self, loss: Tensor, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
+    def log_training(self, loss: Tensor, logits: Tensor, targets: Tensor, batch_idx: int) -> None:
         """Records one training batch; every method calls it at the end of its `training_step`.
+
+        The accuracy is that of the label with the largest share in `targets` (see `mixed`).
 
         Values go to the loggers at once, not after the batch as with `self.log`: a checkpoint that
         is saved at the end of this batch must not be ahead of the metrics, or a resumed run would
         miss a row.
         """
         trainer, step = self.trainer, self.global_step
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
         loss = loss.detach().clone()
         self.losses.add(loss, step, self.current_epoch)
         self.train_loss.update(loss * len(labels), len(labels))

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
@@ -21,6 +20,7 @@ from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFact
 from lightning_modules.exit_outputs import ExitOutputs, FoundThresholds
 from lightning_modules.metrics import FULL
 from lightning_modules.multi_exit import MultiExitClassifier
+from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import (
     MAX_GRID,
@@ -55,8 +55,8 @@ class LitBranchyNet(MultiExitClassifier):
             "adaptive", which `predict` then uses.
         calibrate_exits, max_accuracy_drop, halve_validation: see `MultiExitClassifier`; `predict`
             uses "accuracy_budget", too, before "adaptive_lossless".
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. The paper's
-            "stage 2" starts from `tuning.weights` of a trained trunk.
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`. The
+            paper's "stage 2" starts from `tuning.weights` of a trained trunk.
 
     Raises:
         ValueError: wrong weights or thresholds, more than 14 exits, or a run that goes on from a
@@ -77,11 +77,12 @@ class LitBranchyNet(MultiExitClassifier):
         lr_interval: Interval = "epoch",
         seed: int = 0,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
         super().__init__(
             *(net, exit_criterion, exit_thresholds),
             *(calibrate_exits, max_accuracy_drop, halve_validation),
-            *(optimizer, lr_scheduler, lr_interval, seed, tuning),
+            *(optimizer, lr_scheduler, lr_interval, seed, tuning, recipe),
         )
         if net.num_exits > MAX_EXITS:
             raise ValueError(
@@ -118,7 +119,7 @@ class LitBranchyNet(MultiExitClassifier):
                 parameter.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         if self.trains_trunk_only:
             trunk = partial(run_to_exit, self.net, self.net.num_exits - 1)
             exits = [self.recorded("trunk", trunk)(images)]
@@ -126,10 +127,10 @@ class LitBranchyNet(MultiExitClassifier):
             exits = self.trained_net(images)
         weights = self.exit_loss_weights[-len(exits) :]
         loss = sum(
-            weight * F.cross_entropy(logits, labels)
+            weight * self.label_loss(logits, targets)
             for weight, logits in zip(weights, exits, strict=True)
         )
-        self.log_training(loss, exits[-1], labels, batch_idx)
+        self.log_training(loss, exits[-1], targets, batch_idx)
         return loss
 
     def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:

@@ -8,7 +8,6 @@ Differences from the released code:
       code one epoch earlier.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.base import Batch, ImageClassifier
@@ -18,8 +17,8 @@ class LitDenseNet(ImageClassifier):
     """Trains a DenseNet by cross-entropy."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         logits = self.trained_net(images)
-        loss = F.cross_entropy(logits, labels)
-        self.log_training(loss, logits, labels, batch_idx)
+        loss = self.label_loss(logits, targets)
+        self.log_training(loss, logits, targets, batch_idx)
         return loss

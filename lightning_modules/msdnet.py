@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFactory, Tuning, sgd
 from lightning_modules.exit_outputs import ExitOutputs, FoundThresholds
 from lightning_modules.multi_exit import MultiExitClassifier
+from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import (
     TIMED_BATCH_SIZE,
@@ -64,7 +64,7 @@ class LitMSDNet(MultiExitClassifier):
             accuracy budget is kept to by one of the 43, and `predict` uses it unless there is
             "adaptive". Temperatures far below 1 make many confidences exactly 1, in single
             precision: these images leave together, and budgets are not all spent.
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`.
 
     Raises:
         ValueError: more than one of both budgets and thresholds, or a budget outside what the exits
@@ -85,11 +85,12 @@ class LitMSDNet(MultiExitClassifier):
         lr_interval: Interval = "epoch",
         seed: int = 0,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
         super().__init__(
             *(net, "confidence", exit_thresholds),
             *(calibrate_exits, max_accuracy_drop, halve_validation),
-            *(optimizer, lr_scheduler, lr_interval, seed, tuning),
+            *(optimizer, lr_scheduler, lr_interval, seed, tuning, recipe),
         )
         if sum(value is not None for value in (budget_macs, budget_ms, exit_thresholds)) > 1:
             raise ValueError("give one of budget_macs, budget_ms and exit_thresholds")
@@ -97,10 +98,10 @@ class LitMSDNet(MultiExitClassifier):
         self.budget_ms = budget_ms
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         exits = self.trained_net(images)
-        loss = sum(F.cross_entropy(logits, labels) for logits in exits)
-        self.log_training(loss, exits[-1], labels, batch_idx)
+        loss = sum(self.label_loss(logits, targets) for logits in exits)
+        self.log_training(loss, exits[-1], targets, batch_idx)
         return loss
 
     # --- anytime prediction -----------------------------------------------------------------------

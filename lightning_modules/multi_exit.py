@@ -29,6 +29,7 @@ from lightning_modules.exit_outputs import (
     take,
 )
 from lightning_modules.metrics import FULL, accuracy_name
+from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import (
     Answers,
@@ -88,7 +89,7 @@ class MultiExitClassifier(ImageClassifier):
         max_accuracy_drop: by how much leaving early may be less accurate than the last exit; 0.01
             is one image of 100. None: no such point.
         halve_validation: report on other validation images than thresholds were found on.
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`.
 
     Attributes:
         exit_names: operating points of the trained exits, shallow to deep: "exit1", ..., "full".
@@ -116,8 +117,9 @@ class MultiExitClassifier(ImageClassifier):
         lr_interval: Interval,
         seed: int,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
-        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe)
         if net.num_exits < 2:
             raise ValueError("the network has no early exit: give it one, or use LitResNet")
         check_criterion(exit_criterion)
@@ -368,11 +370,10 @@ class MultiExitClassifier(ImageClassifier):
         if self.trainer.predict_loop.batch_progress.is_last_batch:
             parts.append(self._stream.finish())
             self._stream = None
-        parts = [part for part in parts if part is not None]
-        if not parts:
-            logits = images.new_empty(0, self.net.num_classes)
-            return Answers(logits, images.new_empty(0, dtype=torch.int64))
-        return join_answers(parts)
+        if parts := [part for part in parts if part is not None]:
+            return join_answers(parts)
+        logits = images.new_empty(0, self.net.num_classes)
+        return Answers(logits, images.new_empty(0, dtype=torch.int64))
 
     # --- checkpoints ------------------------------------------------------------------------------
 

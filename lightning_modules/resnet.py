@@ -7,7 +7,6 @@ Differences from the released code:
       is a training error below 80%, which it says takes about 400.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.base import Batch, ImageClassifier
@@ -17,8 +16,8 @@ class LitResNet(ImageClassifier):
     """Trains a network of constant depth (any network from images to logits) by cross-entropy."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         logits = self.trained_net(images)
-        loss = F.cross_entropy(logits, labels)
-        self.log_training(loss, logits, labels, batch_idx)
+        loss = self.label_loss(logits, targets)
+        self.log_training(loss, logits, targets, batch_idx)
         return loss

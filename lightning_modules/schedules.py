@@ -49,8 +49,8 @@ class WarmupMultiStepLR(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-class LinearDecayLR(LambdaLR):
-    """Falls linearly from the optimizer's rate to 0, over the whole training unless told otherwise.
+class FittedLR(LambdaLR):
+    """Base of schedules that are as long as the training, unless told otherwise.
 
     Args:
         optimizer: holds the base rate.
@@ -61,24 +61,65 @@ class LinearDecayLR(LambdaLR):
         ValueError: a run goes on with another length, which is another schedule.
     """
 
-    def __init__(self, optimizer: Optimizer, length: int | None = None):
+    def __init__(self, optimizer: Optimizer, length: int | None):
         if length is not None and length < 1:
-            raise ValueError(f"the length of LinearDecayLR is {length}: give 1 or more, or null")
+            raise ValueError(
+                f"the length of {type(self).__name__} is {length}: give 1 or more, or null"
+            )
         self.length = length
+        super().__init__(optimizer, lambda time: self.factor(time))
 
-        def factor(time: int) -> float:
-            return 1.0 if self.length is None else max(0.0, 1 - time / self.length)
-
-        super().__init__(optimizer, factor)
+    def factor(self, time: int) -> float:
+        """Returns what the base rate is multiplied by, 1 while the length is not known."""
+        raise NotImplementedError("each schedule has its own curve")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         there, here = state_dict["length"], self.length
         if there != here:
             raise ValueError(
-                f"the length of LinearDecayLR was {there} in this run, and is {here} now: pass "
-                f"another --run_dir, or set it to {there}"
+                f"the length of {type(self).__name__} was {there} in this run, and is {here} now: "
+                f"pass another --run_dir, or set it to {there}"
             )
         super().load_state_dict(state_dict)
+
+
+class LinearDecayLR(FittedLR):
+    """Falls linearly from the optimizer's rate to 0, over the whole training unless told otherwise.
+
+    Args:
+        optimizer, length: see `FittedLR`.
+    """
+
+    def __init__(self, optimizer: Optimizer, length: int | None = None):
+        super().__init__(optimizer, length)
+
+    def factor(self, time: int) -> float:
+        return 1.0 if self.length is None else max(0.0, 1 - time / self.length)
+
+
+class WarmupCosineLR(FittedLR):
+    """Rises linearly to the optimizer's rate, then falls to 0 along half a cosine.
+
+    At time t, with a warm-up of w and a length of L: (t + 1) / (w + 1) of the rate for t < w, then
+    (1 + cos(pi (t - w) / (L - w))) / 2. As torch's `LinearLR` followed by its `CosineAnnealingLR`
+    (Loshchilov and Hutter, arXiv 1608.03983; Goyal et al., arXiv 1706.02677).
+
+    Args:
+        optimizer, length: see `FittedLR`.
+        warmup: length of the warm-up, in the same unit.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int = 0, length: int | None = None):
+        self.warmup = warmup
+        super().__init__(optimizer, length)
+
+    def factor(self, time: int) -> float:
+        if time < self.warmup:
+            return (time + 1) / (self.warmup + 1)
+        if self.length is None:
+            return 1.0
+        share = (time - self.warmup) / (self.length - self.warmup)
+        return (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
 def check_schedule(scheduler: Any, training_length: float | None, interval: Interval) -> None:
@@ -95,13 +136,18 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
     """
     name = type(scheduler).__name__
     _check_arguments(scheduler, name)
-    if isinstance(scheduler, LinearDecayLR) and scheduler.length is None:
+    if isinstance(scheduler, FittedLR) and scheduler.length is None:
         if training_length is None or math.isinf(training_length):
             raise ValueError(
-                "LinearDecayLR is as long as the training, whose length is not known: set its "
-                "length, or trainer.max_epochs"
+                f"{name} is as long as the training, whose length is not known: set its length, or "
+                "trainer.max_epochs"
             )
         scheduler.length = int(training_length)
+    if isinstance(scheduler, WarmupCosineLR) and scheduler.warmup >= scheduler.length:
+        raise ValueError(
+            f"warmup of {name} is {scheduler.warmup}, and its length {scheduler.length} "
+            f"{interval}s: give a shorter one"
+        )
     if isinstance(scheduler, OneCycleLR) and (training_length or 0) > scheduler.total_steps:
         raise ValueError(
             f"OneCycleLR is made for {scheduler.total_steps} {interval}s and the training has "
@@ -148,7 +194,7 @@ def _last_change(scheduler: LRScheduler) -> tuple[int | None, bool]:
         return scheduler.total_steps, True
     if isinstance(scheduler, PolynomialLR):
         return scheduler.total_iters, True
-    if isinstance(scheduler, LinearDecayLR):
+    if isinstance(scheduler, FittedLR):
         return scheduler.length, True
     if isinstance(scheduler, LinearLR | ConstantLR):  # a warm-up, as a rule
         return scheduler.total_iters, False

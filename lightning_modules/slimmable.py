@@ -32,6 +32,7 @@ from lightning_modules.base import (
     sgd,
 )
 from lightning_modules.metrics import FULL
+from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import (
     SlimmableNetwork,
@@ -53,8 +54,8 @@ class SlimmableClassifier(ImageClassifier):
         net: a slimmable network.
         eval_widths: widths that are evaluated, as the operating points "w0.25" and the like, beside
             the whole network, which is "full".
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. Weight decay
-            is applied to ordinary convolutions and linear weights alone, unless `tuning` has
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`. Weight
+            decay is applied to ordinary convolutions and linear weights alone, unless `tuning` has
             `decay_norm_and_bias` true.
     """
 
@@ -67,8 +68,9 @@ class SlimmableClassifier(ImageClassifier):
         lr_interval: Interval,
         seed: int,
         tuning: Tuning,
+        recipe: Recipe,
     ):
-        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe)
         if len(eval_widths) == 0:
             raise ValueError("eval_widths is empty: give one width or more")
         widest = max(net.width_mults or net.width_mult_range)
@@ -146,8 +148,8 @@ class LitSlimmable(SlimmableClassifier):
     Args:
         net: a network with `width_mults`.
         eval_widths: widths that are evaluated; None: all of them.
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. Weight decay
-            is applied to ordinary convolutions and linear weights alone, unless `tuning` has
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`. Weight
+            decay is applied to ordinary convolutions and linear weights alone, unless `tuning` has
             `decay_norm_and_bias` true.
 
     Raises:
@@ -163,6 +165,7 @@ class LitSlimmable(SlimmableClassifier):
         lr_interval: Interval = "epoch",
         seed: int = 0,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
         if net.width_mults is None:
             raise ValueError(
@@ -170,7 +173,7 @@ class LitSlimmable(SlimmableClassifier):
                 "LitUniversallySlimmable"
             )
         widths = net.width_mults if eval_widths is None else eval_widths
-        super().__init__(net, widths, optimizer, lr_scheduler, lr_interval, seed, tuning)
+        super().__init__(net, widths, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe)
         self.widths = sorted(net.width_mults, reverse=True)
 
     @property
@@ -178,17 +181,17 @@ class LitSlimmable(SlimmableClassifier):
         return self.widths
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         total = torch.zeros((), device=self.device)
         for width in self.widths:
             logits = self.run_width(images, width)
-            loss = F.cross_entropy(logits, labels)
+            loss = self.label_loss(logits, targets)
             total += loss.detach()
             if width == self.widths[0]:
                 widest = logits
             if width != self.widths[-1]:
                 self.backward_now(loss)
-        self.log_training(total, widest, labels, batch_idx)
+        self.log_training(total, widest, targets, batch_idx)
         return loss if self.trainer.world_size == 1 else loss + self.zero_of_switches()
 
     def zero_of_switches(self) -> Tensor:
@@ -211,8 +214,8 @@ class LitUniversallySlimmable(SlimmableClassifier):
         inplace_distill: the other widths learn from the widest one's predictions, as they are in
             the same step, instead of from the labels.
         nonuniform: the random widths are ratios of their own for every group of channels.
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`. Weight decay
-            is applied to ordinary convolutions and linear weights alone, unless `tuning` has
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`. Weight
+            decay is applied to ordinary convolutions and linear weights alone, unless `tuning` has
             `decay_norm_and_bias` true.
 
     Attributes:
@@ -237,6 +240,7 @@ class LitUniversallySlimmable(SlimmableClassifier):
         lr_interval: Interval = "step",
         seed: int = 0,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
         if net.width_mult_range is None:
             raise ValueError(
@@ -251,7 +255,9 @@ class LitUniversallySlimmable(SlimmableClassifier):
                 "inplace_distill needs the widest width in every step: set width_rule to sandwich, "
                 "or inplace_distill to false"
             )
-        super().__init__(net, eval_widths, optimizer, lr_scheduler, lr_interval, seed, tuning)
+        super().__init__(
+            net, eval_widths, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe
+        )
         self.num_widths = num_widths
         self.width_rule = width_rule
         self.inplace_distill = inplace_distill
@@ -289,19 +295,22 @@ class LitUniversallySlimmable(SlimmableClassifier):
         return [high, low, *widths] if self.width_rule == "sandwich" else widths
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         self.widths = self.draw_widths()
         total = torch.zeros((), device=self.device)
-        targets = labels
+        teacher = None
         for number, width in enumerate(self.widths, start=1):
             logits = self.run_width(images, width)
-            loss = F.cross_entropy(logits, targets)
+            if teacher is None:
+                loss = self.label_loss(logits, targets)
+            else:
+                loss = F.cross_entropy(logits, teacher)
             total += loss.detach()
             if number == 1:
                 first = logits.detach()
                 if self.inplace_distill:
-                    targets = first.softmax(1)
+                    teacher = first.softmax(1)
             if number < len(self.widths):
                 self.backward_now(loss)
-        self.log_training(total, first, labels, batch_idx)
+        self.log_training(total, first, targets, batch_idx)
         return loss

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -39,6 +38,7 @@ from lightning_modules.base import (
     sgd,
 )
 from lightning_modules.metrics import FULL
+from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import ResidualNetwork, check_choice
 
@@ -97,7 +97,7 @@ class LitStochasticDepth(ImageClassifier):
         rescale: divide open branches by p_l in training and leave them alone at test.
         update_dropped_blocks: a closed block still gets weight decay and momentum (its gradient is
             0, not absent), as in the released code.
-        optimizer, lr_scheduler, lr_interval, seed, tuning: see `ImageClassifier`.
+        optimizer, lr_scheduler, lr_interval, seed, tuning, recipe: see `ImageClassifier`.
 
     Attributes:
         survival_probs: p_1..p_L.
@@ -122,8 +122,9 @@ class LitStochasticDepth(ImageClassifier):
         lr_interval: Interval = "epoch",
         seed: int = 0,
         tuning: Tuning = PLAIN,
+        recipe: Recipe = NONE,
     ):
-        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning)
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe)
         self.survival_probs = survival_probabilities(
             net.num_blocks, final_survival_prob, decay, net.blocks_per_layer
         )
@@ -175,12 +176,12 @@ class LitStochasticDepth(ImageClassifier):
         return opened * (draws.argsort(1).argsort(1) < counts)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+        images, targets = self.mixed(batch, batch_idx)
         self.gates = self.draw_gates(len(images), batch_idx)
         run = self.net if self.has_random_shapes else self.trained_net
         logits = run(images, gates=self.gates)
-        loss = F.cross_entropy(logits, labels)
-        self.log_training(loss, logits, labels, batch_idx)
+        loss = self.label_loss(logits, targets)
+        self.log_training(loss, logits, targets, batch_idx)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, Timer
+from pytorch_lightning.callbacks import Checkpoint, Timer, WeightAveraging
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 import preemption
@@ -163,6 +163,10 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, LAST)
         leave_for(reason, trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            check_averaged(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             # A metric that is not reduced differs between the ranks.
@@ -214,6 +218,7 @@ class RunCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.has_begun:  # as there was nothing left to train
             self.begin(trainer)
+        check_averaged(trainer)
 
     def begin(self, trainer: Trainer) -> None:
         """Forgets what was logged after the checkpoint: it will be logged again."""
@@ -287,6 +292,18 @@ class RunCheckpoint(Checkpoint):
         self.restored = run
         trainer.should_stop = run["should_stop"]
         self.saved_step = checkpoint["global_step"]
+
+
+def check_averaged(trainer: Trainer) -> None:
+    """Raises ValueError if the weights that a callback averages are those before training."""
+    for callback in trainer.callbacks:
+        average = callback._average_model if isinstance(callback, WeightAveraging) else None
+        if average is not None and average.n_averaged == 0:
+            raise ValueError(
+                f"{type(callback).__name__} has averaged nothing yet, and what is validated and "
+                "kept would be the weights before training: let it begin before the first "
+                "validation (update_starting_at_step)"
+            )
 
 
 def images_per_step(data: LightningDataModule | None, trainer: Trainer) -> int | None:

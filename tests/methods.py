@@ -156,15 +156,33 @@ METHODS["branchynet_calibrated"] = {
     },
 }
 
+METHODS["recipe"] = {
+    "class_path": "lightning_modules.LitStochasticDepth",
+    "init_args": {
+        "net": SMALL_NET,
+        "recipe": {
+            "class_path": "lightning_modules.Recipe",
+            "init_args": {
+                "label_smoothing": 0.1,
+                "mixup_alpha": 0.4,
+                "cutmix_alpha": 1.0,
+                "mix_prob": 0.8,
+            },
+        },
+    },
+}
+
 TRAINED = tuple(name for name in METHODS if name != "branchynet_calibrated")
 """The rows that differ in how they train."""
+ANSWERING = tuple(name for name in METHODS if name != "recipe")
+"""The rows that differ in how they answer."""
 WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits")
 """The rows whose images may leave early."""
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
 VARIANTS = (
     *("resnet", "stochastic_depth_row", "vision_transformer", "convnext"),
-    *("branchynet_calibrated", "with_exits", "slimmable", "densenet"),
+    *("branchynet_calibrated", "with_exits", "slimmable", "densenet", "recipe"),
 )
 
 

@@ -10,6 +10,7 @@ import datamodules
 from datamodules import MNISTDataModule
 
 OF_ALL = {"batch_size": 128, "eval_batch_size": 500, "seed": 0, "drop_last": False}
+OF_ALL["random_erasing"] = 0.0
 IN_MEMORY = {"split_seed": 0, "crop_padding": 0}
 FOLDER = {"image_size": 224, "augmentation": "inception", "val_size": 0, "split_seed": 0}
 FILES = {"num_workers": 4, "predict_dir": None}

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from methods import METHODS
+from methods import ANSWERING
 
 from datamodules import DigitsDataModule
 from running import load_run
@@ -70,7 +70,7 @@ def test_what_differs_from_the_checkpoint_is_not_written(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ANSWERING)
 def test_every_point_of_every_method(
     method: str, trained, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

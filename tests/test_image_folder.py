@@ -78,12 +78,15 @@ def test_what_is_known_of_a_folder(folder):
     assert ImageNetDataModule(str(folder)).num_classes == 2
 
 
-@pytest.mark.parametrize("augmentation", ["resize_crop", "inception", "mobile", "none"])
+@pytest.mark.parametrize(
+    "augmentation", ["resize_crop", "inception", "mobile", "randaugment", "trivialaugment", "none"]
+)
 def test_workers_make_no_difference(folder, augmentation):
-    alone = ready(folder, 1, augmentation=augmentation)
-    workers = ready(folder, 1, augmentation=augmentation, num_workers=2, batch_size=4)
+    changes = {"augmentation": augmentation, "random_erasing": 0.5 * (augmentation != "none")}
+    alone = ready(folder, 1, **changes)
+    workers = ready(folder, 1, **changes, num_workers=2, batch_size=4)
     parts = [all_of(data.train_dataloader()) for data in (alone, workers)]
-    assert len(parts[0]) == (2 if augmentation == "none" else 3)
+    assert len(parts[0]) == (2 if augmentation == "none" else 4)
     assert all(torch.equal(one, other) for one, other in zip(*parts, strict=True))
 
 
@@ -189,6 +192,38 @@ def test_images_are_those_of_torchvision_under_the_same_key(augmentation):
             expected = np.asarray(transforms.Compose(usual)(source), np.float32)
         # Pillow cuts decimals off in every step, which a factor above 1 enlarges.
         assert np.abs(shown - expected)[4:-4, 4:-4].max() < 4
+
+
+@pytest.mark.parametrize("augmentation", ["randaugment", "trivialaugment"])
+def test_policies_are_those_of_torchvision_under_the_same_key(folder, augmentation):
+    """All of a sample is drawn under one key, in the order of torchvision's references."""
+    data = ready(folder, 2, augmentation=augmentation)
+    images, labels, numbers = all_of(data.train_dataloader())
+    assert not numbers.any()
+    files, _ = data._splits["train"]
+    usual = {
+        "randaugment": transforms.RandAugment,
+        "trivialaugment": transforms.TrivialAugmentWide,
+    }[augmentation]
+    changes = transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(),
+            usual(interpolation=transforms.InterpolationMode.BILINEAR),
+        ]
+    )
+    num_changed = 0
+    for index, label in enumerate(files.labels.tolist()):
+        shown, *_ = files[2, index]
+        with keyed("augmentation", 0, 2, index), opened(str(files.names()[index])) as image:
+            top, left, height, width = transforms.RandomResizedCrop.get_params(
+                image, [0.08, 1], [3 / 4, 4 / 3]
+            )
+            cropped = resized(image, (left, top, left + width, top + height), 24)
+            expected = np.asarray(changes(cropped))
+        assert (shown.numpy() == expected).all()
+        num_changed += bool((expected != np.asarray(cropped)).any())
+        assert any(torch.equal(shown, each.permute(1, 2, 0)) for each in images[labels == label])
+    assert num_changed > 6
 
 
 def test_what_is_cut_out_is_what_torchvision_cuts_out():
@@ -350,7 +385,8 @@ def test_mistakes_are_explained_in_one_line(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"looked for .*empty/\*\*/\*\.jpg"):
         ready(folder, predict_dir=str(tmp_path / "empty"))
     for changes, message in (
-        ({"augmentation": "cutmix"}, "'cutmix': give resize_crop, inception, mobile or none"),
+        ({"augmentation": "cutmix"}, "'cutmix': give one of resize_crop, inception, mobile, "),
+        ({"augmentation": "none", "random_erasing": 0.5}, "augmentation none: give one or drop"),
         ({"image_size": 0}, "image_size is 0: give at least 1"),
         ({"num_workers": -1}, "num_workers is -1: give 0 or"),
         ({"predict_dir": ""}, "predict_dir is empty: give a value, or leave it out"),

@@ -124,9 +124,13 @@ def test_slimmable_step_is_the_sum_over_switches(tmp_path: Path) -> None:
         torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_gradient_is_clipped_once_and_as_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accumulate", "capture"), [(1, "none"), (3, "graphs")])
+def test_gradient_is_clipped_once_and_as_a_whole(
+    accumulate: int, capture: str, tmp_path: Path
+) -> None:
+    """Of all widths and batches of a step, recorded or not, as `test_sandwich_step` sums them."""
     module = SeenUniversally(network())
-    whole = gradients_of(module, tmp_path)
+    whole = gradients_of(module, tmp_path, accumulate)
     norm = torch.cat([grad.flatten() for grad in whole.values()]).norm()
 
     class Clipped(SeenUniversally):
@@ -140,7 +144,10 @@ def test_gradient_is_clipped_once_and_as_a_whole(tmp_path: Path) -> None:
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
             self.seen = {name: p.grad.clone() for name, p in self.net.named_parameters()}
 
-    clipped = gradients_of(Clipped(network()), tmp_path, gradient_clip_val=float(norm / 2))
+    module = Clipped(network())
+    module.capture = capture
+    clipped = gradients_of(module, tmp_path, accumulate, gradient_clip_val=float(norm / 2))
+    assert any(run.chain is not None for run in module._recorded.values()) == (capture != "none")
     for name, grad in whole.items():
         torch.testing.assert_close(clipped[name], grad / 2, rtol=1e-5, atol=1e-9)
 

@@ -23,12 +23,13 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     MultiStepLR,
     OneCycleLR,
+    SequentialLR,
     StepLR,
 )
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules import DigitsDataModule
-from lightning_modules import LinearDecayLR, LitResNet, WarmupMultiStepLR
+from lightning_modules import LinearDecayLR, LitResNet, WarmupCosineLR, WarmupMultiStepLR
 from lightning_modules.metrics import MeanOverImages
 from running import CSVHistory
 
@@ -175,6 +176,26 @@ def test_linear_decay_is_as_long_as_the_training(tmp_path: Path) -> None:
     assert given == pytest.approx([1, 1, 0, 0])
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_warmup_and_cosine_are_those_of_torch(warmup: int, tmp_path: Path) -> None:
+    ours, _ = rates(partial(WarmupCosineLR, warmup=warmup), tmp_path, "step", max_epochs=5)
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    parts = [
+        LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1)),
+        CosineAnnealingLR(optimizer, T_max=10 - warmup),
+    ]
+    theirs = SequentialLR(optimizer, parts, milestones=[warmup]) if warmup else parts[1]
+    expected = []
+    for _ in range(10):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert ours == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    given, _ = rates(partial(WarmupCosineLR, warmup=1, length=2), tmp_path, max_epochs=2)
+    assert given == pytest.approx([0.5, 0.5, 1, 1])
+
+
 def test_linear_decay_needs_an_end(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"length is not known: set its length"):
         rates(LinearDecayLR, tmp_path, max_epochs=-1)
@@ -215,6 +236,7 @@ def test_linear_decay_goes_on_with_its_length_alone() -> None:
         (partial(CosineAnnealingLR, T_max=2), "until epoch 2, and the training ends after 3"),
         (partial(MultiStepLR, milestones=[1, 3]), "until epoch 3, and the training ends after 3"),
         (partial(WarmupMultiStepLR, milestones=[8], warmup=1), "until epoch 8, and the"),
+        (partial(WarmupCosineLR, length=5), "until epoch 5, and the training ends after 3"),
         (partial(LinearLR, total_iters=5), "until epoch 5, and the training ends after 3"),
     ],
 )
@@ -228,6 +250,7 @@ def test_schedule_of_another_length_is_told(scheduler: Any, numbers: str, tmp_pa
     "scheduler",
     [
         LinearDecayLR,
+        partial(WarmupCosineLR, warmup=2),
         partial(CosineAnnealingLR, T_max=3),
         partial(MultiStepLR, milestones=[1, 2]),
         partial(LinearLR, total_iters=2),
@@ -253,6 +276,9 @@ def not_a_schedule(optimizer: Optimizer) -> Sequence[Optimizer]:
         (partial(CosineAnnealingLR, T_max=-3), "T_max of CosineAnnealingLR is -3: give 1"),
         (partial(CosineAnnealingLR, T_max=1, eta_min=-0.1), "eta_min of CosineAnnealingLR is -0.1"),
         (partial(WarmupMultiStepLR, milestones=[1], warmup=-1), "warmup of WarmupMultiStepLR is"),
+        (partial(WarmupCosineLR, warmup=-1), "warmup of WarmupCosineLR is -1: give 0 or more"),
+        (partial(WarmupCosineLR, warmup=2), "warmup of WarmupCosineLR is 2, and its length 2 epo"),
+        (partial(WarmupCosineLR, length=0), "length of WarmupCosineLR is 0: give 1 or more"),
         (
             partial(CyclicLR, base_lr=-0.1, max_lr=0.1, cycle_momentum=False),
             "CyclicLR has a rate below 0",

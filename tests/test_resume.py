@@ -156,6 +156,9 @@ def image_folder_config(folder: Path, num_workers: int) -> dict[str, Any]:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_while_workers_decode(num_workers: int, tmp_path: Path) -> None:
     config = image_folder_config(tmp_path / "images", num_workers)
+    if num_workers:
+        changes = {"augmentation": "randaugment", "random_erasing": 0.5}
+        config["data"]["init_args"] |= changes
     whole, broken = write(tmp_path / "whole", config), write(tmp_path / "broken", config)
     assert launch.run(COMMAND, whole)[0] == 0, (whole / "output.txt").read_text()
     assert kill_after_every_save(broken) >= 3

@@ -148,8 +148,10 @@ def test_everything_that_a_yaml_may_name_is_exported(room: str) -> None:
             if isinstance(value, type) and issubclass(value, BASES[room]):
                 found |= {name} if value.__module__.split(".")[0] == room else set()
     assert found
-    # The base of two methods, and a network that another one is made of.
-    assert found - {"SlimmableClassifier", "UnpaddedCifarResNet"} <= set(package.__all__)
+    # Bases of two methods and of two schedules, and a network that another one is made of.
+    assert found - {"SlimmableClassifier", "UnpaddedCifarResNet", "FittedLR"} <= set(
+        package.__all__
+    )
 
 
 @pytest.mark.parametrize("room", [*BASES, "running"])
