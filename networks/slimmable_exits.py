@@ -70,7 +70,15 @@ class AtWidth(MultiExitNetwork):
         super().__init__()
         self.network, self.width_mult, self.gates = network, width_mult, gates
         self.num_classes = network.num_classes
-        self.training = network.training
+
+    @property
+    def training(self) -> bool:
+        """That of the network: a view that has its own would forget what became of it."""
+        return self.network.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode  # where torch, and who watches modules, expect it
 
     @property
     def num_exits(self) -> int:

@@ -156,9 +156,25 @@ METHODS["branchynet_calibrated"] = {
     },
 }
 
+METHODS["slimmable_exits"] = {
+    "class_path": "lightning_modules.LitSlimmableExits",
+    "init_args": {
+        "net": {
+            "class_path": "networks.SlimmableWithExits",
+            "init_args": {
+                "trunk": METHODS["universally_slimmable"]["init_args"]["net"],
+                "exits_after": [0, 2],
+            },
+        },
+        "eval_widths": [0.25, 0.6],
+        "num_widths": 3,
+        "final_survival_prob": 0.5,
+    },
+}
+
 TRAINED = tuple(name for name in METHODS if name != "branchynet_calibrated")
 """The rows that differ in how they train."""
-WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits")
+WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits", "slimmable_exits")
 """The rows whose images may leave early."""
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
@@ -199,11 +215,11 @@ def config(method: str) -> dict[str, Any]:
         "init_args": {"milestones": [1, 2]},
     }
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
-    if "StochasticDepth" in model["class_path"]:
+    if "StochasticDepth" in model["class_path"] or method == "slimmable_exits":
         callbacks.append("SurvivalProbabilityLogger")
     if method in WITH_EXITS:
         callbacks.append("ExitStatistics")
-    if method == "universally_slimmable":
+    if method in ("universally_slimmable", "slimmable_exits"):
         callbacks.append("BNRecalibration")
     return {
         "seed_everything": 7,
