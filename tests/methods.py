@@ -166,7 +166,7 @@ METHODS["slimmable_exits"] = {
                 "exits_after": [0, 2],
             },
         },
-        "eval_widths": [0.25, 0.6],
+        "eval_widths": [0.6],
         "num_widths": 3,
         "final_survival_prob": 0.5,
     },
@@ -177,10 +177,13 @@ TRAINED = tuple(name for name in METHODS if name != "branchynet_calibrated")
 WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits", "slimmable_exits")
 """The rows whose images may leave early."""
 
+OF_ANY_WIDTH = ("universally_slimmable", "slimmable_exits")
+"""The rows whose BNs are recalibrated."""
+
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
 VARIANTS = (
     *("resnet", "stochastic_depth_row", "vision_transformer", "convnext"),
-    *("branchynet_calibrated", "with_exits", "slimmable", "densenet"),
+    *("branchynet_calibrated", "with_exits", "slimmable", "slimmable_exits", "densenet"),
 )
 
 
@@ -219,7 +222,7 @@ def config(method: str) -> dict[str, Any]:
         callbacks.append("SurvivalProbabilityLogger")
     if method in WITH_EXITS:
         callbacks.append("ExitStatistics")
-    if method in ("universally_slimmable", "slimmable_exits"):
+    if method in OF_ANY_WIDTH:
         callbacks.append("BNRecalibration")
     return {
         "seed_everything": 7,
