@@ -103,7 +103,7 @@ class MultiExitClassifier(ExitPoints):
         if net.num_exits < 2 and self.needs_exits:
             raise ValueError("the network has no early exit: give it one, or use LitResNet")
         check_criterion(exit_criterion)
-        if exit_thresholds is not None:
+        if exit_thresholds is not None and net.num_exits > 1:
             check_thresholds(exit_thresholds, net.num_exits, exit_criterion)
         if max_accuracy_drop is not None and not 0 <= max_accuracy_drop < 1:
             raise ValueError(

@@ -16,6 +16,7 @@ Differences from these papers:
     * Gates are those of the step, not of a width: teacher and students have the same depth.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -136,21 +137,29 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
             *(calibrate_exits, max_accuracy_drop, halve_validation),
             *(optimizer, lr_scheduler, lr_interval, seed, tuning),
         )
+        given = ["exit_thresholds"] if exit_thresholds is not None else []
+        for name in given + self.needs_validation() if net.num_exits == 1 else []:
+            raise ValueError(f"{name} needs early exits: set the network's exits_after")
         check_num_exits(net.num_exits)
         check_choice("teacher", teacher, Teacher)
         if num_widths < 2:
             raise ValueError(f"num_widths is {num_widths}: give 2 or more, widest and narrowest")
         self.num_widths, self.teacher = num_widths, teacher
         self.exit_loss_weights = check_weights(exit_loss_weights, net.num_exits)
+        if not all(0 < weight < math.inf for weight in self.exit_loss_weights):
+            raise ValueError(f"exit_loss_weights {self.exit_loss_weights}: give positive numbers")
         self._set_depth(final_survival_prob, decay)
-        given = (net.width_mults or net.width_mult_range) if eval_widths is None else eval_widths
+        self._set_widths(self.steady_widths if eval_widths is None else eval_widths)
+        self.widths: list[float] = []
+        self.gates: Tensor | None = None
+
+    def _set_widths(self, evaluated: Sequence[float]) -> None:
+        net = self.net
         # Made of the names, so that widths of one name are one point.
-        self.eval_widths = sorted({float(net.width(w).name) for w in [*given, net.widest]})
+        self.eval_widths = sorted({float(net.width(w).name) for w in [*evaluated, net.widest]})
         self.groups = {f"w{width:g}": width for width in self.eval_widths[:-1]}
         self.groups[""] = self.eval_widths[-1]
         self.exit_states = {group: ExitState() for group in self.groups}
-        self.widths: list[float] = []
-        self.gates: Tensor | None = None
 
     def _set_depth(self, final_survival_prob: float, decay: Decay) -> None:
         self.survival_probs = survival_probabilities(
