@@ -165,6 +165,18 @@ def test_a_closed_block_is_its_shortcut_and_its_branch_is_left_alone(name: str) 
         assert kept == sum(p.numel() for p in net.parameters()) - unused
 
 
+def test_gates_have_a_kept_network_of_their_own() -> None:
+    net = network()
+    choices = [None, [1.0, 0.5, 1.0], [1.0, 0.0, 1.0]]
+    for run in (net, net.trunk):
+        for _ in range(2):
+            for gates in choices:
+                with torch.no_grad():
+                    kept = run(images(), 0.35, gates)
+                assert torch.equal(kept[-1], run(images(), 0.35, gates)[-1])
+    assert [gates and list(gates) for _, gates in net._kept._kept] == choices
+
+
 def test_survival_scales_the_branch() -> None:
     net = network().double()
     block = net.trunk.units[1]
