@@ -60,8 +60,8 @@ class LoadedRun(NamedTuple):
     def net(self) -> nn.Module:
         """The plain network, which takes normalized images (`image_format.normalize`).
 
-        With temperatures, if its exits have any: `thresholds` are for what it answers (of several
-        widths the widest).
+        With temperatures, if its exits have any (of several widths those of the widest). What a
+        point does with it, widths and gates, is in `point`.
         """
         is_scaled = isinstance(self.module, MultiExitClassifier) and self.module.found.temperatures
         return self.module.answering_net if is_scaled else self.module.net

@@ -366,7 +366,8 @@ def test_edges_of_thresholds(
     thresholds = [float(everybody if number == last else nobody) for number in (1, 2)]
     images = digits[1][:5]
     normalized = adaptive.run.image_format.normalize(images)
-    logits = early_exit(adaptive.run.net, normalized, thresholds, adaptive.point.criterion).logits
+    answering = adaptive.run.module.answering_net
+    logits = early_exit(answering, normalized, thresholds, adaptive.point.criterion).logits
     for classify in with_thresholds(thresholds, adaptive, tmp_path):
         for size in (5, 1):
             answers = in_batches(classify, images, size)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from launch import run as launch
-from methods import METHODS, config
+from methods import METHODS, OF_ANY_WIDTH, config
 
 from datamodules import DigitsDataModule
 from running import load_run
@@ -24,7 +24,7 @@ def train(folder: Path, method: str) -> Path:
     """Trains a few steps of a method in a folder, and returns that of the run."""
     experiment = config(method)
     experiment["trainer"] |= {"max_epochs": 1, "limit_val_batches": 1, "callbacks": []}
-    if method == "universally_slimmable":
+    if method in OF_ANY_WIDTH:
         callback = {"class_path": "callbacks.BNRecalibration", "init_args": {"num_images": 64}}
         experiment["trainer"]["callbacks"] = [callback]
     folder.mkdir(exist_ok=True)

@@ -236,10 +236,12 @@ def test_recalibration_runs_each_width_once() -> None:
 def test_without_exits_widths_and_depth_are_trained(tmp_path: Path) -> None:
     module = LitSlimmableExits(network([]), eval_widths=[0.25], final_survival_prob=0.5)
     data = DigitsDataModule(batch_size=64)
-    trainer = make_trainer(tmp_path, callbacks=[BNRecalibration(64), OperatingPoints()])
+    callbacks = [BNRecalibration(64, widths=[0.4]), OperatingPoints()]
+    trainer = make_trainer(tmp_path, callbacks=callbacks)
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
     assert list(module.test_answers) == ["w0.25", "full"]
+    assert module.net.is_calibrated(0.4)
     assert trainer.predict(module, datamodule=data)[0].shape[1] == 10
 
 
