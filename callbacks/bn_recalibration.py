@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
-from networks import SlimmableNetwork, recalibrate
+from networks import Slimmable, recalibrate
 
 
 class BNRecalibration(Callback):
@@ -17,10 +17,11 @@ class BNRecalibration(Callback):
 
     Before every validation of a fit and after every epoch, so that the checkpoints that follow hold
     them; before other evaluations where they are missing. All operating points are run in one pass
-    over the images; see `networks.recalibrate`.
+    over the images, the exits of a width together; see `networks.recalibrate`.
 
-    Reads of the module: `net`, `evaluated_points()`, `uncalibrated_points()`; of the data module:
-    `train_epoch()`, `on_after_batch_transfer()`. Modules that need recalibration look for a
+    Reads of the module: `net`, `evaluated_points()`, `uncalibrated_points()`, `calibration_runs()`,
+    and `eval_gates` if it has them; of the data module: `train_epoch()`,
+    `on_after_batch_transfer()`. Modules that need recalibration look for a
     callback with `recalibrates`.
 
     Args:
@@ -55,7 +56,7 @@ class BNRecalibration(Callback):
         self.step = -1  # at which the statistics were gathered
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.widths and not isinstance(pl_module.net, SlimmableNetwork):
+        if self.widths and not isinstance(pl_module.net, Slimmable):
             raise ValueError(
                 "BNRecalibration's widths need a slimmable network, and this is a "
                 f"{type(pl_module.net).__name__}: remove them"
@@ -85,12 +86,13 @@ class BNRecalibration(Callback):
             self.run_all(trainer, pl_module)
 
     def run_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        widths = [partial(pl_module.net, width_mult=width) for width in self.widths]
-        self.run(trainer, pl_module, [*pl_module.evaluated_points().values(), *widths])
+        gates = getattr(pl_module, "eval_gates", None)
+        widths = [partial(pl_module.net, width_mult=w, gates=gates) for w in self.widths]
+        runs = pl_module.calibration_runs(pl_module.evaluated_points())
+        self.run(trainer, pl_module, [*runs, *widths])
 
     def run_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        points = pl_module.evaluated_points()
-        missing = [points[name] for name in pl_module.uncalibrated_points()]
+        missing = pl_module.calibration_runs(pl_module.uncalibrated_points())
         if missing:
             self.run(trainer, pl_module, missing)
 

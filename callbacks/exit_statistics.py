@@ -69,11 +69,14 @@ class ExitStatistics(SampledTestImages):
     without the others. Once as it is (branches "run"), and once as if branches cost nothing
     ("free"), which is what BranchyNet's authors measured.
 
-    Where the module's `capture` says so, exits and trunk are recorded for it.
+    Where the module's `capture` says so, exits and trunk are recorded for it. Of a network of
+    several widths `exits`, `exit_calibration` and `exit_held_out` have all points, and the rest is
+    about the widest.
 
     Reads of the module: `capture`, `net`, `answering_net`, `exit_names`, `has_early_exits`,
-    `exit_criterion`, `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `found`,
-    `test_answers`, `measure()`, `exits_taken()`; of the data module: `load_eval()`, `class_names`.
+    `exit_criterion`, `exit_thresholds`, `exit_curve`, `exit_outputs`, `exit_costs`, `exit_states`,
+    `early_points()`, `test_answers`, `measure()`, `exits_taken()`; of the data module:
+    `load_eval()`, `class_names`.
 
     Raises:
         ValueError: the module has no exits.
@@ -135,11 +138,11 @@ class ExitStatistics(SampledTestImages):
 
 
 def exit_shares(
-    module: LightningModule, thresholds: Sequence[float]
+    module: LightningModule, thresholds: Sequence[float], group: str = ""
 ) -> list[tuple[float, float | None]]:
     """Returns for each exit the share of the images that leave there, and their accuracy."""
-    outputs = module.exit_outputs
-    taken = module.exits_taken(thresholds)
+    outputs = module.exit_states[group].outputs
+    taken = module.exits_taken(thresholds, group)
     shares = []
     for index in range(outputs.correct.shape[1]):
         here = taken == index
@@ -151,22 +154,27 @@ def exit_shares(
 def exit_rows(module: LightningModule) -> list[tuple]:
     return [
         (point, name, threshold, share, accuracy)
-        for point, thresholds in module.exit_thresholds.items()
+        for point, (group, thresholds) in module.early_points().items()
         for name, threshold, (share, accuracy) in zip(
-            module.exit_names, [*thresholds, None], exit_shares(module, thresholds), strict=True
+            module.exit_names,
+            [*thresholds, None],
+            exit_shares(module, thresholds, group),
+            strict=True,
         )
     ]
 
 
 def calibration_rows(module: LightningModule) -> list[list]:
-    return [[row[column] for column in CALIBRATION] for row in module.found.calibration]
+    known = (row for state in module.exit_states.values() for row in state.found.calibration)
+    return [[row[column] for column in CALIBRATION] for row in known]
 
 
 def held_out_rows(module: LightningModule) -> list[list]:
     """Returns a row for each point whose thresholds the latest validation has tried."""
     rows = []
-    for point, thresholds in module.exit_thresholds.items():
-        known = [row for row in module.found.held_out if row["thresholds"] == thresholds]
+    for point, (group, thresholds) in module.early_points().items():
+        found = module.exit_states[group].found.held_out
+        known = [row for row in found if row["thresholds"] == thresholds]
         for row in known[:1]:
             named = {"point": point, **row}
             rows.append([*(named[column] for column in HELD_OUT), *row["shares"]])

@@ -21,8 +21,8 @@ class RecalibrationSweep(Callback):
     those of so many training images. Writes `recalibration.csv` in the run folder, prints it, and
     leaves the statistics as they were.
 
-    Reads of the module: `net`, `operating_points()`, `eval_widths`; of the data module:
-    `train_epoch()`, `on_after_batch_transfer()`.
+    Reads of the module: `net`, `evaluated_points()`, `calibration_runs()`, `eval_widths`; of the
+    data module: `train_epoch()`, `on_after_batch_transfer()`.
 
     Args:
         num_images: numbers of training images.
@@ -51,7 +51,7 @@ class RecalibrationSweep(Callback):
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        net, points = pl_module.net, pl_module.operating_points()
+        net, points = pl_module.net, pl_module.evaluated_points()
         norms = shared_norms(pl_module)
         before = [norm.statistics for norm in norms]
         results = {}
@@ -65,7 +65,7 @@ class RecalibrationSweep(Callback):
             results["of the widest"] = measure(trainer, pl_module)
             for number in self.num_images:
                 images = training_images(trainer, pl_module.device, number)
-                recalibrate(net, images, list(points.values()))
+                recalibrate(net, images, pl_module.calibration_runs(points))
                 results[f"{number} images"] = measure(trainer, pl_module)
         for norm, statistics in zip(norms, before, strict=True):
             norm.statistics = statistics
@@ -82,7 +82,7 @@ def shared_norms(module: LightningModule) -> list[SlimmableBatchNorm2d]:
 
 def measure(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     """Returns the test accuracy of every operating point."""
-    points = module.operating_points()
+    points = module.evaluated_points()
     right, num_images = dict.fromkeys(points, 0), 0
     for batch in islice(trainer.test_dataloaders, trainer.num_test_batches[0]):
         batch = [values.to(module.device) for values in batch]

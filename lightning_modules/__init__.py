@@ -1,7 +1,7 @@
 """One method per file: the training step, and how the trained network is evaluated."""
 
 from lightning_modules.answers import PointAnswers
-from lightning_modules.base import ImageClassifier, sgd
+from lightning_modules.base import Cost, ImageClassifier, sgd
 from lightning_modules.branchynet import LitBranchyNet
 from lightning_modules.densenet import LitDenseNet
 from lightning_modules.fitting import check_data
@@ -13,6 +13,7 @@ from lightning_modules.recipe import Recipe
 from lightning_modules.resnet import LitResNet
 from lightning_modules.schedules import LinearDecayLR, WarmupCosineLR, WarmupMultiStepLR
 from lightning_modules.slimmable import LitSlimmable, LitUniversallySlimmable
+from lightning_modules.slimmable_exits import LitSlimmableExits
 from lightning_modules.stochastic_depth import (
     LitStochasticDepth,
     survival_probabilities,
@@ -23,6 +24,7 @@ from lightning_modules.weight_files import read_weight_file
 
 __all__ = [
     "FULL",
+    "Cost",
     "ImageClassifier",
     "LinearDecayLR",
     "LitBranchyNet",
@@ -30,6 +32,7 @@ __all__ = [
     "LitMSDNet",
     "LitResNet",
     "LitSlimmable",
+    "LitSlimmableExits",
     "LitStochasticDepth",
     "LitUniversallySlimmable",
     "LossNotFinite",

@@ -1,6 +1,6 @@
 """What every method shares: optimizer wiring, metrics over operating points, keyed seeds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +98,11 @@ class ImageClassifier(TunedModule):
     def uncalibrated_points(self) -> list[str]:
         """Returns the names of the evaluated points whose BN statistics are missing."""
         return []
+
+    def calibration_runs(self, names: Iterable[str]) -> list[Callable[[Tensor], object]]:
+        """Returns functions that run every BN of some of these points: for `recalibrate`."""
+        points = self.evaluated_points()
+        return [points[name] for name in names]
 
     def costs(self, images: Tensor) -> dict[str, Cost]:
         """Returns what every operating point costs.

@@ -17,21 +17,23 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from lightning_modules.base import PLAIN, Batch, OptimizerFactory, SchedulerFactory, Tuning
-from lightning_modules.exit_outputs import ExitOutputs, FoundThresholds
+from lightning_modules.exit_outputs import (
+    ExitOutputs,
+    FoundThresholds,
+    check_num_exits,
+    check_weights,
+    screened_points,
+)
 from lightning_modules.metrics import FULL
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import (
-    MAX_GRID,
     Criterion,
     ExitCosts,
     MultiExitNetwork,
     run_to_exit,
-    screen_thresholds,
 )
-
-MAX_EXITS = int(math.log(MAX_GRID, 3)) + 1  # with one threshold to try, and that of nobody
 
 
 def adam(params: Iterable) -> Optimizer:
@@ -84,17 +86,8 @@ class LitBranchyNet(MultiExitClassifier):
             *(calibrate_exits, max_accuracy_drop, halve_validation),
             *(optimizer, lr_scheduler, lr_interval, seed, tuning, recipe),
         )
-        if net.num_exits > MAX_EXITS:
-            raise ValueError(
-                f"{net.num_exits} exits make a grid of thresholds that is too large: give the "
-                f"network {MAX_EXITS} at most"
-            )
-        weights = [1.0] * net.num_exits if exit_loss_weights is None else list(exit_loss_weights)
-        if len(weights) != net.num_exits:
-            raise ValueError(
-                f"{len(weights)} exit_loss_weights for {net.num_exits} exits: give one per exit, "
-                "shallow to deep"
-            )
+        check_num_exits(net.num_exits)
+        weights = check_weights(exit_loss_weights, net.num_exits)
         all_train = all(0 < weight < math.inf for weight in weights)
         self.trains_trunk_only = not any(weights[:-1]) and 0 < weights[-1] < math.inf
         if not (all_train or self.trains_trunk_only):
@@ -134,20 +127,7 @@ class LitBranchyNet(MultiExitClassifier):
         return loss
 
     def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
-        screening = screen_thresholds(
-            outputs.scores, outputs.correct, costs.leaving, self.exit_criterion
-        )
-        of_last_exit = outputs.correct[:, -1].sum().item() / len(outputs.correct)
-        points = {
-            "adaptive_lossless": screening.cheapest(of_last_exit),
-            "adaptive_knee": screening.knee,
-            "adaptive_best": screening.front[-1],
-        }
-        return FoundThresholds.of(
-            {name: screening.thresholds[point].tolist() for name, point in points.items()},
-            screening,
-            screening.front,
-        )
+        return screened_points(outputs, costs, self.exit_criterion)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

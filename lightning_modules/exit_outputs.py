@@ -1,6 +1,8 @@
 """What exits made of the images of an evaluation, and what is said of them besides accuracy."""
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -8,8 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.answers import PointAnswers
-from networks import Criterion, Screening, entropy, exit_score, exits_taken, scale_logits
+from lightning_modules.metrics import FULL
+from networks import (
+    MAX_GRID,
+    Criterion,
+    ExitCosts,
+    Screening,
+    entropy,
+    exit_score,
+    exits_taken,
+    scale_logits,
+    screen_thresholds,
+)
 
+MAX_EXITS = int(math.log(MAX_GRID, 3)) + 1  # with one threshold to try, and that of nobody
 NORMAL_95 = 1.959964
 """Standard deviations of a normal distribution between which 95% of it lie."""
 
@@ -105,6 +119,91 @@ class FoundThresholds(NamedTuple):
         """Returns points, and as the curve some rows of what was tried."""
         parts = tried.thresholds, tried.shares, tried.accuracy, tried.cost
         return cls(points, *(values[rows].tolist() for values in parts))
+
+
+@dataclass
+class ExitState:
+    """What evaluations tell of the exits of one network.
+
+    Attributes:
+        outputs: those of the latest evaluation, all ranks together.
+        costs: MACs of stages and exits; known from the first evaluation on.
+        found: by the latest validation.
+        batches: outputs of the batches so far, where they were computed.
+        logits: of a validation that fits temperatures; on the CPU.
+    """
+
+    outputs: ExitOutputs | None = None
+    costs: ExitCosts | None = None
+    found: FoundThresholds = FoundThresholds()  # noqa: RUF009 (never changed)
+    batches: list[ExitOutputs] = field(default_factory=list)
+    logits: list[ExitLogits] = field(default_factory=list)
+
+
+class EarlyPoint(NamedTuple):
+    """An operating point whose images leave early."""
+
+    group: str
+    """Of the network, see `MultiExitClassifier.exit_networks`."""
+    thresholds: list[float]
+
+
+def point_name(group: str, name: str) -> str:
+    """Returns what a point of one of several networks is called: "w0.5_exit1", "w0.5_knee".
+
+    Args:
+        group: of the network; "" is the whole one, whose points have their names alone.
+        name: of the point; `FULL` is called like the group.
+    """
+    if not group:
+        return name
+    return group if name == FULL else f"{group}_{name.removeprefix('adaptive_')}"
+
+
+def check_num_exits(num_exits: int) -> None:
+    """Raises ValueError if the grid of `screened_points` would be too large."""
+    if num_exits > MAX_EXITS:
+        raise ValueError(
+            f"{num_exits} exits make a grid of thresholds that is too large: give the network "
+            f"{MAX_EXITS} at most"
+        )
+
+
+def check_weights(weights: Sequence[float] | None, num_exits: int) -> list[float]:
+    """Returns the weights of the losses of all exits; None: 1 each.
+
+    Raises:
+        ValueError: not one per exit.
+    """
+    weights = [1.0] * num_exits if weights is None else list(weights)
+    if len(weights) != num_exits:
+        raise ValueError(
+            f"{len(weights)} exit_loss_weights for {num_exits} exits: give one per exit, shallow "
+            "to deep"
+        )
+    return weights
+
+
+def screened_points(
+    outputs: ExitOutputs, costs: ExitCosts, criterion: Criterion
+) -> FoundThresholds:
+    """Returns BranchyNet's points: three of the front that its grid of thresholds has.
+
+    "adaptive_lossless" is the cheapest that is at least as accurate as the last exit,
+    "adaptive_knee" that farthest from the line between the ends, "adaptive_best" the most accurate.
+    """
+    screening = screen_thresholds(outputs.scores, outputs.correct, costs.leaving, criterion)
+    of_last_exit = outputs.correct[:, -1].sum().item() / len(outputs.correct)
+    points = {
+        "adaptive_lossless": screening.cheapest(of_last_exit),
+        "adaptive_knee": screening.knee,
+        "adaptive_best": screening.front[-1],
+    }
+    return FoundThresholds.of(
+        {name: screening.thresholds[point].tolist() for name, point in points.items()},
+        screening,
+        screening.front,
+    )
 
 
 def join_outputs(parts: Sequence[Parts]) -> Parts:

@@ -1,69 +1,46 @@
 """What the methods with early exits share: evaluation of every exit, and leaving early."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_modules.answers import PointAnswers, choose_exits
 from lightning_modules.base import (
     PLAIN,
     Batch,
-    Cost,
-    ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
     Tuning,
 )
 from lightning_modules.exit_outputs import (
-    ExitLogits,
-    ExitOutputs,
+    ExitState,
     FoundThresholds,
-    calibrations,
-    gather_outputs,
     halves,
-    held_out,
-    take,
 )
-from lightning_modules.metrics import FULL, accuracy_name
+from lightning_modules.exit_points import ExitPoints
+from lightning_modules.metrics import FULL
 from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from networks import (
     Answers,
     Criterion,
-    ExitCosts,
     ExitStream,
     MultiExitNetwork,
-    TemperatureScaled,
-    cheapest_within,
     check_criterion,
     check_thresholds,
-    count_exit_macs,
-    count_macs,
-    count_params,
-    count_params_run,
     early_exit,
-    exits_taken,
-    fit_temperature,
     join_answers,
-    run_to_exit,
-    scale_logits,
 )
 
-GIVEN = "adaptive"
-"""Name of the operating point of thresholds that the user gave."""
-WITHIN = "accuracy_budget"
-"""Name of that of `max_accuracy_drop`."""
 NEEDS_VALIDATION = (
     "needs what a validation finds: hold out validation images, and give a checkpoint of a fit "
     "that validates with it"
 )
 
 
-class MultiExitClassifier(ImageClassifier):
+class MultiExitClassifier(ExitPoints):
     """Evaluates every exit, finds thresholds on validation data, and leaves early with them.
 
     Each validation ends with a search for thresholds, and the checkpoint that is saved then holds
@@ -93,16 +70,21 @@ class MultiExitClassifier(ImageClassifier):
 
     Attributes:
         exit_names: operating points of the trained exits, shallow to deep: "exit1", ..., "full".
-        exit_thresholds: by operating point; empty until they are found.
+        exit_states: what evaluations tell of the exits, by group of `exit_networks`.
+        exit_thresholds: of the whole network, as all that follows; by operating point; empty until
+            they are found.
         exit_curve: thresholds from cheap to expensive.
         exit_outputs: those of the latest evaluation, all ranks together; of a validation with
             `halve_validation` those of the images to report on.
         exit_costs: MACs of stages and exits; known from the first evaluation on.
+        answering_net: see `answering`.
 
     Raises:
         ValueError: wrong thresholds, an unknown criterion, a drop that is no share, a network
             without early exits; or, when it fits, no validation images where these need them.
     """
+
+    needs_exits = True
 
     def __init__(
         self,
@@ -120,10 +102,10 @@ class MultiExitClassifier(ImageClassifier):
         recipe: Recipe = NONE,
     ):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe)
-        if net.num_exits < 2:
+        if net.num_exits < 2 and self.needs_exits:
             raise ValueError("the network has no early exit: give it one, or use LitResNet")
         check_criterion(exit_criterion)
-        if exit_thresholds is not None:
+        if exit_thresholds is not None and net.num_exits > 1:
             check_thresholds(exit_thresholds, net.num_exits, exit_criterion)
         if max_accuracy_drop is not None and not 0 <= max_accuracy_drop < 1:
             raise ValueError(
@@ -136,169 +118,10 @@ class MultiExitClassifier(ImageClassifier):
         self.exit_criterion = exit_criterion
         self.given_thresholds = exit_thresholds and list(exit_thresholds)
         self.exit_names = [*(f"exit{k}" for k in range(1, net.num_exits)), FULL]
-        self.exit_outputs: ExitOutputs | None = None
-        self.exit_costs: ExitCosts | None = None
-        self._outputs: list[ExitOutputs] = []  # of the batches so far, where they were computed
-        self._logits: list[ExitLogits] = []  # of a validation that fits temperatures; on the CPU
+        self.exit_states = {"": ExitState()}
         self._stream: ExitStream | None = None  # of the present prediction
         self._thresholds_step = 0  # optimizer steps before the thresholds were found
         self._stale_steps = 0  # and from then until the checkpoint that holds them
-        self.found = FoundThresholds()
-
-    def find_thresholds(self, outputs: ExitOutputs, costs: ExitCosts) -> FoundThresholds:
-        """Finds thresholds on the outputs of the validation data."""
-        raise NotImplementedError("each paper has its own rule")
-
-    @property
-    def exit_thresholds(self) -> dict[str, list[float]]:
-        given = {} if self.given_thresholds is None else {GIVEN: self.given_thresholds}
-        return given | self._within_drop() | self.found.points
-
-    def _within_drop(self) -> dict[str, list[float]]:
-        """Returns the cheapest thresholds that are accurate enough, if that is asked and known."""
-        found = self.found
-        if self.max_accuracy_drop is None or not found.accuracies:
-            return {}
-        enough = found.last_accuracy - self.max_accuracy_drop
-        return {WITHIN: found.curve[cheapest_within(found.accuracies, found.macs, enough)]}
-
-    @property
-    def exit_curve(self) -> list[list[float]]:
-        return self.found.curve
-
-    @property
-    def answering_net(self) -> MultiExitNetwork | TemperatureScaled:
-        """The network whose scores the thresholds are for: with the temperatures, if it has any."""
-        temperatures = self.found.temperatures
-        return TemperatureScaled(self.net, temperatures) if temperatures else self.net
-
-    @property
-    def has_early_exits(self) -> bool:
-        """Whether exits other than the last are trained, and evaluated."""
-        return len(self.exit_names) > 1
-
-    # --- operating points -------------------------------------------------------------------------
-
-    def evaluated_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Returns the exits: each runs the stages up to it, and no other exit."""
-        first = self.net.num_exits - len(self.exit_names)
-        return {
-            name: partial(run_to_exit, self.answering_net, index)
-            for index, name in enumerate(self.exit_names, start=first)
-        }
-
-    def operating_points(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """Returns the exits, and leaving early with every pair (or more) of thresholds."""
-        adaptive = {
-            name: partial(self.leave_early, thresholds)
-            for name, thresholds in self.exit_thresholds.items()
-        }
-        return {**self.evaluated_points(), **adaptive}
-
-    def leave_early(self, thresholds: Sequence[float], images: Tensor) -> Tensor:
-        return early_exit(self.answering_net, images, thresholds, self.exit_criterion).logits
-
-    def costs(self, images: Tensor) -> dict[str, Cost]:
-        """Returns the costs; those of adaptive points are means over the latest evaluation."""
-        costs = {
-            name: Cost(count_macs(run, images), count_params_run(self.net, run, images))
-            for name, run in self.evaluated_points().items()
-        }
-        for name, thresholds in self.exit_thresholds.items():
-            _, macs = self.measure(thresholds)
-            costs[name] = Cost(macs, count_params(self.net))
-        return costs
-
-    def measure(self, thresholds: Sequence[float]) -> tuple[float, float]:
-        """Returns accuracy and mean MACs of thresholds over the latest evaluation's images."""
-        taken = self.exits_taken(thresholds)
-        right = self.exit_outputs.correct.gather(1, taken[:, None]).double().mean()
-        macs = torch.tensor(self.exit_costs.leaving, dtype=torch.float64)[taken].mean()
-        return right.item(), macs.item()
-
-    def exits_taken(self, thresholds: Sequence[float]) -> Tensor:
-        """Returns the exit, from 0, that each image of the latest evaluation takes, (N,)."""
-        return exits_taken(self.exit_outputs.scores, thresholds, self.exit_criterion)
-
-    # --- evaluation -------------------------------------------------------------------------------
-
-    def evaluate(self, images: Tensor) -> dict[str, Tensor]:
-        """Returns the logits of every exit, from one pass."""
-        if not self.has_early_exits:
-            return super().evaluate(images)
-        network = self.net if self._fits_temperatures else self.answering_net
-        return dict(zip(self.exit_names, network(images), strict=True))
-
-    @property
-    def _fits_temperatures(self) -> bool:
-        """Whether the present evaluation does."""
-        return self.calibrate_exits and self._trainer is not None and self.trainer.validating
-
-    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
-        images, labels = batch
-        logits = super().eval_step(batch)
-        if self.has_early_exits:
-            if self.exit_costs is None:
-                self.exit_costs = count_exit_macs(self.net, images[:1])
-            exits = [logits[name] for name in self.exit_names]
-            self._outputs.append(ExitOutputs.of(exits, labels, self.exit_criterion))
-            if self._fits_temperatures:
-                self._logits.append(ExitLogits(torch.stack(exits, 1).cpu(), labels.cpu()))
-        return logits
-
-    def finish_evaluation(self, split: str) -> dict[str, Tensor]:
-        metrics = super().finish_evaluation(split)
-        if not self.has_early_exits:
-            return metrics
-        self.exit_outputs, order = gather_outputs(self._outputs, self.trainer.world_size)
-        self._outputs = []
-        if split == "val" and not self.trainer.sanity_checking:
-            self._find(order)
-            self._thresholds_step = self.global_step
-        self._logits = []
-        for name, thresholds in self.exit_thresholds.items():
-            accuracy, macs = self.measure(thresholds)
-            metrics[accuracy_name(split, name)] = torch.tensor(accuracy)
-            metrics[f"{split}/macs_{name}"] = torch.tensor(macs)
-        return metrics
-
-    def _find(self, order: Tensor) -> None:
-        """Finds temperatures and thresholds on the validation images.
-
-        Args:
-            order: of the images in the outputs, see `gather_outputs`.
-        """
-        fit, rest = halves(len(order), self.halve_validation)
-        # In the order of the data, so that no sum depends on the number of ranks.
-        outputs, known = take(self.exit_outputs, order), {}
-        if self.calibrate_exits:
-            logits = take(gather_outputs(self._logits, self.trainer.world_size)[0], order)
-            columns, labels = logits.logits.unbind(1), logits.labels
-            temperatures = [fit_temperature(each[fit], labels[fit]) for each in columns]
-            scaled = map(scale_logits, columns, temperatures)
-            outputs = ExitOutputs.of(scaled, labels, self.exit_criterion)
-            rows = calibrations(
-                self.exit_names, temperatures, take(logits, rest), self.halve_validation
-            )
-            known = {"temperatures": temperatures, "calibration": [row._asdict() for row in rows]}
-        fitted, self.exit_outputs = take(outputs, fit), take(outputs, rest)
-        last = fitted.correct[:, -1].double().mean().item()
-        found = self.find_thresholds(fitted, self.exit_costs)
-        self.found = found._replace(last_accuracy=last, **known)
-        if self.halve_validation:
-            sets = [*self.exit_thresholds.values(), *found.curve]
-            costs = self.exit_costs.leaving
-            rows = [held_out(self.exit_outputs, each, costs, self.exit_criterion) for each in sets]
-            self.found = self.found._replace(held_out=[row._asdict() for row in rows])
-
-    def gather_answers(self) -> dict[str, PointAnswers]:
-        answers = super().gather_answers()
-        exits = [answers[name] for name in self.exit_names]
-        adaptive = {
-            name: choose_exits(exits, self.exits_taken(thresholds))
-            for name, thresholds in self.exit_thresholds.items()
-        }
-        return answers | adaptive
 
     def needs_validation(self) -> list[str]:
         """Returns the arguments that are given and that need validation images."""
@@ -326,10 +149,16 @@ class MultiExitClassifier(ImageClassifier):
         if not self.has_early_exits:
             return
         self.check_found()
-        if not self.exit_thresholds and not self.found.curve:
+        lacking = [
+            f" for {group}" if group else ""
+            for group, state in self.exit_states.items()
+            if not self.thresholds_of(group) and not state.found.curve
+        ]
+        if lacking:
             rank_zero_warn(
-                f"no thresholds of the {self.exit_criterion} were found before this checkpoint, by "
-                "a validation of trained exits, so no image leaves early: give exit_thresholds"
+                f"no thresholds of the {self.exit_criterion} were found{lacking[0]} before this "
+                "checkpoint, by a validation of trained exits, so no image leaves early: give "
+                "exit_thresholds"
             )
         elif self._stale_steps:
             rank_zero_warn(
@@ -339,9 +168,11 @@ class MultiExitClassifier(ImageClassifier):
 
     def check_found(self) -> None:
         """Raises ValueError if the checkpoint lacks what is asked for and a validation finds."""
-        if self.calibrate_exits and self.has_early_exits and not self.found.temperatures:
+        found = [state.found for state in self.exit_states.values()]
+        has_all = all(each.temperatures for each in found)
+        if self.calibrate_exits and self.has_early_exits and not has_all:
             raise ValueError(f"calibrate_exits {NEEDS_VALIDATION}")
-        if self.max_accuracy_drop is not None and not self.found.accuracies:
+        if self.max_accuracy_drop is not None and not all(each.accuracies for each in found):
             raise ValueError(f"max_accuracy_drop {NEEDS_VALIDATION}")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | tuple[Tensor, Tensor]:
@@ -379,22 +210,29 @@ class MultiExitClassifier(ImageClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        groups = {group: state.found._asdict() for group, state in self.exit_states.items()}
         checkpoint["exit_thresholds"] = {
             "criterion": self.exit_criterion,
             "step": self._thresholds_step,
-            **self.found._asdict(),
+            **groups.pop(""),
+            "groups": groups,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("exit_thresholds", {})
-        temperatures = found.get("temperatures", [])
-        is_as_asked = bool(temperatures) == self.calibrate_exits and self.has_early_exits
-        if found.get("criterion") != self.exit_criterion or not is_as_asked:
-            # Temperatures are those of any criterion.
-            self.found = FoundThresholds(temperatures=temperatures if is_as_asked else [])
-            return
-        fields = {name: found[name] for name in FoundThresholds._fields if name in found}
-        self.found = FoundThresholds(**fields)
-        self._thresholds_step = found["step"]
-        self._stale_steps = checkpoint["global_step"] - found["step"] if self.found.curve else 0
+        stored = checkpoint.get("exit_thresholds", {})
+        is_same = stored.get("criterion") == self.exit_criterion
+        for group, state in self.exit_states.items():
+            found = stored.get("groups", {}).get(group, {}) if group else stored
+            temperatures = found.get("temperatures", [])
+            is_as_asked = bool(temperatures) == self.calibrate_exits and self.has_early_exits
+            fields = {name: found[name] for name in FoundThresholds._fields if name in found}
+            if not is_as_asked:
+                fields = {}
+            elif not is_same:  # temperatures are those of any criterion
+                fields = {"temperatures": temperatures}
+            state.found = FoundThresholds(**fields)
+        if is_same:
+            self._thresholds_step = stored["step"]
+            step = checkpoint["global_step"] - stored["step"]
+            self._stale_steps = step if self.found.curve else 0

@@ -14,18 +14,16 @@ Differences from the released code:
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from chance import generator
 from lightning_modules.base import (
     PLAIN,
     Batch,
     Cost,
-    ImageClassifier,
     OptimizerFactory,
     SchedulerFactory,
     Tuning,
@@ -33,6 +31,7 @@ from lightning_modules.base import (
 )
 from lightning_modules.metrics import FULL
 from lightning_modules.recipe import NONE, Recipe
+from lightning_modules.sandwich import SandwichTraining, draw_widths
 from lightning_modules.schedules import Interval
 from networks import (
     SlimmableNetwork,
@@ -47,7 +46,7 @@ from networks import (
 WidthRule = Literal["sandwich", "random"]
 
 
-class SlimmableClassifier(ImageClassifier):
+class SlimmableClassifier(SandwichTraining):
     """What both methods share: optimizer groups, widths as operating points, one synchronisation.
 
     Args:
@@ -76,47 +75,6 @@ class SlimmableClassifier(ImageClassifier):
         widest = max(net.width_mults or net.width_mult_range)
         # Made of the names, so that widths of one name are one point.
         self.eval_widths = sorted({float(net.width(w).name) for w in [*eval_widths, widest]})
-
-    @property
-    def steady_widths(self) -> Sequence[float]:
-        """The widths that every step runs: they can be recorded."""
-        raise NotImplementedError("each method chooses its widths")
-
-    def run_width(self, images: Tensor, width: WidthMult) -> Tensor:
-        """Returns the logits (N, num_classes) of a width in a training step."""
-        if self.capture == "none" or width not in self.steady_widths:
-            return self.net(images, width_mult=width)
-        self.net.forget_statistics()  # replayed layers do not
-        return self.recorded(f"{width:g}", partial(self.net, width_mult=width))(images)
-
-    # --- optimization -----------------------------------------------------------------------------
-
-    def spared_by_method(self) -> set[nn.Parameter]:
-        decayed = {
-            module.weight
-            for module in self.net.modules()
-            if isinstance(module, nn.Linear)
-            or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        }
-        return set(self.net.parameters()) - decayed
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.trainer.optimizers[0].zero_grad()
-
-    def optimizer_zero_grad(self, *args: Any) -> None:
-        """Nothing: Lightning asks for it after `training_step`, whose gradients would be lost."""
-
-    def backward_now(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss that is not the last of its step.
-
-        Lightning does the same with the loss that `training_step` returns. DDP, whose forward we
-        are in, does not synchronise before that.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            loss = loss / self.trainer.accumulate_grad_batches
-            self.backward(self.trainer.precision_plugin.pre_backward(loss, self))
 
     # --- operating points -------------------------------------------------------------------------
 
@@ -264,17 +222,6 @@ class LitUniversallySlimmable(SlimmableClassifier):
         self.nonuniform = nonuniform
         self.widths: list[WidthMult] = []
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        recalibrates = any(
-            getattr(callback, "recalibrates", False) for callback in self.trainer.callbacks
-        )
-        if stage == "fit" and self.validates and not recalibrates:
-            raise ValueError(
-                "validation needs BN statistics of the evaluated widths: add "
-                "callbacks.BNRecalibration to trainer.callbacks"
-            )
-
     @property
     def steady_widths(self) -> Sequence[float]:
         return self.net.width_mult_range if self.width_rule == "sandwich" else ()
@@ -284,13 +231,8 @@ class LitUniversallySlimmable(SlimmableClassifier):
         low, high = self.net.width_mult_range
         num_random = self.num_widths - (2 if self.width_rule == "sandwich" else 0)
         num_ratios = self.net.num_groups if self.nonuniform else 1
-        draws = torch.rand(
-            num_random,
-            num_ratios,
-            dtype=torch.float64,
-            generator=generator("widths", self.seed, self.global_step),
-        )
-        ratios = (low + (high - low) * draws).tolist()
+        shape = (num_random, num_ratios)
+        ratios = draw_widths((low, high), shape, self.seed, self.global_step)
         widths = ratios if self.nonuniform else [ratio for (ratio,) in ratios]
         return [high, low, *widths] if self.width_rule == "sandwich" else widths
 

@@ -71,6 +71,18 @@ def survival_probabilities(
     ]
 
 
+def draw_open(probs: Tensor, seed: int, step: int) -> Tensor:
+    """Draws which blocks are open in a step, (L,) bool: the same on all ranks.
+
+    Args:
+        probs: p_1..p_L, float64.
+        seed: of the run.
+        step: the optimizer's.
+    """
+    chance = generator("gates", seed, step)
+    return torch.rand(len(probs), dtype=probs.dtype, generator=chance) < probs
+
+
 def zero_missing_gradients(parameters: Iterable[Tensor]) -> None:
     """Gives parameters without a gradient one of zeros: weight decay and momentum then act.
 
@@ -157,9 +169,7 @@ class LitStochasticDepth(ImageClassifier):
         probs = torch.tensor(self.survival_probs, dtype=torch.float64)
         opened = torch.tensor(self.open_gates)
         if self.mode == "batch":
-            chance = generator("gates", self.seed, self.global_step)
-            draws = torch.rand(len(probs), dtype=probs.dtype, generator=chance)
-            return opened * (draws < probs)
+            return opened * draw_open(probs, self.seed, self.global_step)
         world_size = self.trainer.world_size
         draws = torch.rand(
             len(probs),

@@ -53,6 +53,8 @@ from networks.recalibration import recalibrate
 from networks.recorded_exits import EarlyExit
 from networks.resnet import CifarResNet, ResidualNetwork, ResNet, fold_survival_probs
 from networks.slimmable import SlimmableNetwork, extract
+from networks.slimmable_base import Slimmable
+from networks.slimmable_exits import AtWidth, NarrowWithExits, SlimmableWithExits
 from networks.slimmable_layers import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
@@ -83,6 +85,7 @@ __all__ = [
     "STREAM_BATCH_SIZE",
     "TIMED_BATCH_SIZE",
     "Answers",
+    "AtWidth",
     "BranchyAlexNet",
     "BranchyLeNet",
     "BranchyResNet",
@@ -100,12 +103,14 @@ __all__ = [
     "LoadedWeights",
     "MSDNet",
     "MultiExitNetwork",
+    "NarrowWithExits",
     "OnlyUsed",
     "Recorder",
     "ResNet",
     "ResNetWithExits",
     "ResidualNetwork",
     "Screening",
+    "Slimmable",
     "SlimmableBatchNorm2d",
     "SlimmableCifarResNet",
     "SlimmableConv2d",
@@ -114,6 +119,7 @@ __all__ = [
     "SlimmableMobileNetV2",
     "SlimmableNetwork",
     "SlimmableResNet",
+    "SlimmableWithExits",
     "Staged",
     "SwitchableBatchNorm2d",
     "TemperatureScaled",

@@ -11,7 +11,7 @@ Differences from the released slimmable code: those of `networks.slimmable`.
 from collections.abc import Sequence
 
 from networks.slimmable import SlimmableNetwork
-from networks.slimmable_layers import Channels, SlimmableResidual
+from networks.slimmable_units import Channels, SlimmableResidual
 
 
 class SlimmableMobileNetV1(SlimmableNetwork):

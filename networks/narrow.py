@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from networks.residual_blocks import add_gated
 from networks.watch import Watch, same
 
 Sizes = dict[nn.Parameter, tuple[int, ...]]
@@ -81,22 +82,30 @@ class InPlaceReLU6(torch.autograd.Function):
 
 
 class Residual(nn.Module):
-    """``activation(shortcut(x) + branch(x))``.
+    """``activation(shortcut(x) + gate * branch(x))``.
 
     Args:
         branch: any layers.
         shortcut: layers, or an empty `nn.Sequential`: the identity.
         activation: what follows the addition.
+        gate: the factor; None: 1.
     """
 
-    def __init__(self, branch: nn.Module, shortcut: nn.Module, activation: nn.Module):
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module,
+        activation: nn.Module,
+        gate: float | None = None,
+    ):
         super().__init__()
         self.branch = branch
         self.shortcut = shortcut
         self.activation = activation
+        self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.branch(x) + self.shortcut(x))
+        return self.activation(add_gated(self.shortcut(x), self.branch, x, self.gate))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -31,18 +31,27 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from networks.initialization import draw_weights
-from networks.narrow import KeptWidths, Residual, fill, gather
+from networks.narrow import gather
+from networks.slimmable_base import BlockGates, Slimmable
 from networks.slimmable_layers import (
     Activation,
-    Channels,
     SlimmableBatchNorm2d,
     SlimmableConv2d,
-    SlimmableLayer,
     SlimmableLinear,
     SwitchableBatchNorm2d,
     Width,
     WidthMult,
     name_of,
+)
+from networks.slimmable_units import (
+    Channels,
+    Gates,
+    SlimmableLayer,
+    SlimmableResidual,
+    extract_head,
+    extract_units,
+    run_units,
+    sizes_of_units,
 )
 
 
@@ -55,7 +64,7 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-class SlimmableNetwork(nn.Module):
+class SlimmableNetwork(Slimmable):
     """Units in a row, global average pooling, a linear layer; subclasses append the units.
 
     Args:
@@ -108,7 +117,6 @@ class SlimmableNetwork(nn.Module):
         self.divisor = divisor
         self.group_channels: list[int] = []
         self.units = nn.ModuleList()
-        self._kept = KeptWidths()
 
     # --- widths -----------------------------------------------------------------------------------
 
@@ -116,6 +124,11 @@ class SlimmableNetwork(nn.Module):
     def num_groups(self) -> int:
         """Number of ratios that a non-uniform width has."""
         return len(self.group_channels)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of residual blocks, which gates close."""
+        return sum(isinstance(unit, SlimmableResidual) for unit in self.units)
 
     def width(self, width_mult: WidthMult) -> Width:
         """Resolves a width.
@@ -202,26 +215,27 @@ class SlimmableNetwork(nn.Module):
 
     # --- running ----------------------------------------------------------------------------------
 
-    def is_calibrated(self, width_mult: WidthMult) -> bool:
-        """Tells whether every BN has statistics for a width."""
-        name = self.width(width_mult).name
-        return all(
-            name in norm.statistics
-            for norm in self.modules()
-            if isinstance(norm, SlimmableBatchNorm2d)
-        )
+    def split_gates(self, gates: BlockGates | None) -> Gates:
+        """Returns one gate per unit.
 
-    def train(self, mode: bool = True) -> "SlimmableNetwork":
-        self._kept.clear()
-        return super().train(mode)
+        Args:
+            gates: one per residual block.
 
-    def forget_statistics(self) -> None:
-        """Drops the BN statistics of all widths, which a training step outdates."""
-        for norm in self.modules():
-            if isinstance(norm, SlimmableBatchNorm2d) and norm.statistics:
-                norm.statistics = {}
+        Raises:
+            ValueError: not one per residual block.
+        """
+        if gates is None:
+            return [None] * len(self.units)
+        if isinstance(gates, Tensor) and gates.dim() != 1:
+            raise ValueError("the gates of a slimmable network are one per block, not per sample")
+        if len(gates) != self.num_blocks:
+            raise ValueError(f"{len(gates)} gates for {self.num_blocks} blocks: give one per block")
+        rest = map(float, gates)
+        return [next(rest) if isinstance(u, SlimmableResidual) else None for u in self.units]
 
-    def forward(self, images: Tensor, width_mult: WidthMult = 1.0) -> Tensor:
+    def forward(
+        self, images: Tensor, width_mult: WidthMult = 1.0, gates: BlockGates | None = None
+    ) -> Tensor:
         """Classifies images.
 
         In evaluation and without gradients the weights of the latest widths are kept, until the
@@ -230,83 +244,64 @@ class SlimmableNetwork(nn.Module):
         Args:
             images: (N, C, H, W).
             width_mult: one ratio, or one per group.
+            gates: one per residual block, which scales its branch; where it is 0 the branch is not
+                executed, and its BNs are left alone. None: all are 1.
 
         Returns:
             Logits, (N, num_classes).
 
         Raises:
-            ValueError: see `width`; in evaluation, a width without BN statistics.
+            ValueError: see `width` and `split_gates`; in evaluation, a width without BN statistics.
         """
-        plain = None
-        # A captured graph would go on reading copies of weights that have changed.
-        captures = images.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not (self.training or torch.is_grad_enabled() or captures):
-            plain = self._plain(width_mult)
-        return self._run(images, self.width(width_mult)) if plain is None else plain(images)
-
-    def _plain(self, width_mult: WidthMult) -> nn.Module | None:
-        key = width_mult if isinstance(width_mult, float | int) else tuple(width_mult)
-
-        def make() -> tuple[str, nn.Module]:
-            width = self.width(width_mult)
-            return width.name, cut_out(self, width)
-
-        return self._kept.get(self, key, make)
-
-    def _run(self, images: Tensor, width: Width) -> Tensor:
-        sizes, channels = {}, self.in_channels
-        for unit in self.units:
-            more, channels = unit.sizes(channels, width)
-            sizes |= more
-        narrow = gather(sizes | self.fc.sizes(channels))
-        x = images
-        for unit in self.units:
-            x = unit(x, width._replace(narrow=narrow))
+        plain = self.kept(width_mult, gates)
+        if plain is not None:
+            return plain(images)
+        width, by_unit = self.width(width_mult), self.split_gates(gates)
+        sizes, counts = sizes_of_units(self.units, by_unit, self.in_channels, width)
+        narrow = gather(sizes | self.fc.sizes(counts[-1]))
+        x = run_units(self.units, by_unit, images, width._replace(narrow=narrow))
         return self.fc(x.mean((2, 3)), narrow)
+
+    def cut_out(self, width: Width, gates: BlockGates | None = None) -> nn.Sequential:
+        by_unit = self.split_gates(gates)
+        modules, channels = extract_units(self.units, self.in_channels, width, by_unit)
+        return nn.Sequential(*modules, *extract_head(self.fc, channels)).eval()
 
 
 # --- cutting out ----------------------------------------------------------------------------------
 
 
 def extract(
-    network: SlimmableNetwork, width_mult: WidthMult, fold_bn: bool = False
-) -> nn.Sequential:
+    network: Slimmable,
+    width_mult: WidthMult,
+    fold_bn: bool = False,
+    gates: BlockGates | None = None,
+) -> nn.Module:
     """Returns an ordinary network with the weights of one width: what is to be deployed.
 
     It is made of `nn.Conv2d`, `nn.BatchNorm2d`, `nn.Linear` and the like, is in evaluation mode and
-    shares no memory with the slimmable network.
+    shares no memory with the slimmable network. Of a network with exits it has exits.
 
     Args:
         network: recalibrated for this width, if it is Universally Slimmable.
         width_mult: one ratio, or one per group.
         fold_bn: multiply BN into the convolutions.
+        gates: see `SlimmableNetwork`; they become part of the network.
 
     Raises:
         ValueError: no such width, or one without BN statistics.
     """
-    plain = cut_out(network, network.width(width_mult))
+    plain = network.cut_out(network.width(width_mult), gates)
     for tensor in [*plain.parameters(), *plain.buffers()]:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return fold(plain) if fold_bn else plain
 
 
-def cut_out(network: SlimmableNetwork, width: Width) -> nn.Sequential:
-    """Returns an ordinary network of one width, made of slices of the slimmable one's memory."""
-    channels, modules = network.in_channels, []
-    for unit in network.units:
-        layers, channels = unit.extract(channels, width)
-        modules += layers
-    with torch.device("meta"):
-        fc = nn.Linear(channels, network.num_classes)
-    fill(fc, {"weight": network.fc.weight[:, :channels], "bias": network.fc.bias})
-    return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), fc).eval()
-
-
 def fold(module: nn.Module) -> nn.Module:
-    """Returns plain layers whose BNs are multiplied into the convolutions before them."""
-    if isinstance(module, Residual):
-        return Residual(fold(module.branch), fold(module.shortcut), module.activation)
+    """Multiplies BNs into the convolutions before them; changes plain layers, and returns them."""
     if not isinstance(module, nn.Sequential):
+        for name, child in module.named_children():
+            setattr(module, name, fold(child))
         return module
     layers: list[nn.Module] = []
     for layer in module:

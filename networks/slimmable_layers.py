@@ -5,7 +5,6 @@
 Papers, and differences from the released code: see `networks.slimmable`.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.narrow import InPlaceReLU6, Residual, Sizes, fill
+from networks.narrow import InPlaceReLU6, Sizes, fill
 
 WidthMult = float | Sequence[float]
 Activation = Literal["relu", "relu6"] | None
@@ -22,7 +21,6 @@ Activation = Literal["relu", "relu6"] | None
 Narrow = Mapping[Tensor, Tensor]
 """Dense copies of parameters at a width; a layer slices what is not among them."""
 
-ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "relu6": nn.ReLU6(inplace=True)}
 NOTHING: Narrow = MappingProxyType({})
 
 
@@ -259,142 +257,3 @@ def plain_norm(num_features: int, eps: float, state: dict[str, Tensor]) -> nn.Ba
     with torch.device("meta"):
         norm = nn.BatchNorm2d(num_features, eps)
     return fill(norm, state)
-
-
-# --- units of networks ----------------------------------------------------------------------------
-
-
-class Channels(NamedTuple):
-    """Channels between two layers: how many there are at a width."""
-
-    full: int
-    """At full width."""
-    group: int | None = None
-    """The group whose ratio they follow; None: all of them at every width."""
-    multiplier: int = 1
-    """Channels for each one of the group."""
-
-    def at(self, width: Width) -> int:
-        return self.full if self.group is None else self.multiplier * width.channels[self.group]
-
-
-class SlimmableLayer(nn.Module):
-    """A convolution, its BN and its activation.
-
-    Args:
-        conv: the convolution.
-        norm: its BN.
-        activation: what follows, if anything.
-        out: its outputs.
-    """
-
-    def __init__(
-        self,
-        conv: SlimmableConv2d,
-        norm: SlimmableBatchNorm2d | SwitchableBatchNorm2d,
-        activation: Activation,
-        out: Channels,
-    ):
-        super().__init__()
-        self.conv = conv
-        self.norm = norm
-        self.activation = activation
-        self.out = out
-
-    def forward(self, x: Tensor, width: Width) -> Tensor:
-        x = self.norm(self.conv(x, self.out.at(width), width.narrow), width)
-        return activate(x, self.activation)
-
-    def sizes(self, in_channels: int, width: Width) -> tuple[Sizes, int]:
-        """Returns the sizes of the parameters for these inputs, and the number of outputs."""
-        out_channels = self.out.at(width)
-        conv, norm = self.conv.sizes(in_channels, out_channels), self.norm.sizes(out_channels)
-        return conv | norm, out_channels
-
-    def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
-        """Returns plain layers, slices of these, for these inputs, and the number of outputs."""
-        wide, out_channels = self.conv, self.out.at(width)
-        weight, bias, groups = wide.slice(in_channels, out_channels)
-        geometry = (wide.kernel_size, wide.stride, wide.padding, wide.dilation, groups)
-        with torch.device("meta"):
-            conv = nn.Conv2d(
-                in_channels, out_channels, *geometry, bias is not None, wide.padding_mode
-            )
-        state = {"weight": weight, "bias": bias}
-        fill(conv, {name: part for name, part in state.items() if part is not None})
-        layers = [conv, self.norm.extract(width, out_channels)]
-        if self.activation is not None:
-            layers.append(copy.deepcopy(ACTIVATIONS[self.activation]))
-        return layers, out_channels
-
-
-class SlimmablePool(nn.Module):
-    """A pooling, which knows no channels.
-
-    Args:
-        pool: the pooling.
-    """
-
-    def __init__(self, pool: nn.Module):
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, x: Tensor, width: Width) -> Tensor:
-        return self.pool(x)
-
-    def sizes(self, in_channels: int, width: Width) -> tuple[Sizes, int]:
-        return {}, in_channels
-
-    def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
-        return [copy.deepcopy(self.pool)], in_channels
-
-
-class SlimmableResidual(nn.Module):
-    """Layers in a row, and a shortcut around them.
-
-    Args:
-        layers: the branch.
-        shortcut: a layer, or None: the identity.
-        activation: what follows the addition, if anything.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[SlimmableLayer],
-        shortcut: SlimmableLayer | None,
-        activation: Activation,
-    ):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.shortcut = shortcut
-        self.activation = activation
-
-    def forward(self, x: Tensor, width: Width) -> Tensor:
-        branch = x
-        for layer in self.layers:
-            branch = layer(branch, width)
-        x = branch + (x if self.shortcut is None else self.shortcut(x, width))
-        return activate(x, self.activation)
-
-    def sizes(self, in_channels: int, width: Width) -> tuple[Sizes, int]:
-        """Returns the sizes of the parameters for these inputs, and the number of outputs."""
-        sizes, channels = {}, in_channels
-        for layer in self.layers:
-            more, channels = layer.sizes(channels, width)
-            sizes |= more
-        if self.shortcut is not None:
-            sizes |= self.shortcut.sizes(in_channels, width)[0]
-        return sizes, channels
-
-    def extract(self, in_channels: int, width: Width) -> tuple[list[nn.Module], int]:
-        """Returns a plain residual block for these inputs, and the number of its outputs."""
-        branch, channels = [], in_channels
-        for layer in self.layers:
-            layers, channels = layer.extract(channels, width)
-            branch += layers
-        shortcut = [] if self.shortcut is None else self.shortcut.extract(in_channels, width)[0]
-        activation = nn.Identity() if self.activation is None else ACTIVATIONS[self.activation]
-        block = Residual(
-            nn.Sequential(*branch), nn.Sequential(*shortcut), copy.deepcopy(activation)
-        )
-        return [block], channels

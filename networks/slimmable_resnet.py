@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from networks.slimmable import SlimmableNetwork
-from networks.slimmable_layers import Channels, SlimmablePool, SlimmableResidual
+from networks.slimmable_units import Channels, SlimmablePool, SlimmableResidual
 
 
 class SlimmableResNet(SlimmableNetwork):

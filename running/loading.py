@@ -60,10 +60,11 @@ class LoadedRun(NamedTuple):
     def net(self) -> nn.Module:
         """The plain network, which takes normalized images (`image_format.normalize`).
 
-        With temperatures, if its exits have any: `thresholds` are for what it answers.
+        With temperatures, if its exits have any (of several widths those of the widest). What a
+        point does with it, widths and gates, is in `point`.
         """
-        is_early = isinstance(self.module, MultiExitClassifier)
-        return self.module.answering_net if is_early else self.module.net
+        is_scaled = isinstance(self.module, MultiExitClassifier) and self.module.found.temperatures
+        return self.module.answering_net if is_scaled else self.module.net
 
     @property
     def class_names(self) -> list[str]:
@@ -78,8 +79,9 @@ class LoadedRun(NamedTuple):
     @property
     def thresholds(self) -> dict[str, list[float]]:
         """Thresholds of the points whose images leave early, by name."""
-        is_early = isinstance(self.module, MultiExitClassifier)
-        return self.module.exit_thresholds if is_early else {}
+        if not isinstance(self.module, MultiExitClassifier):
+            return {}
+        return {name: point.thresholds for name, point in self.module.early_points().items()}
 
     def point(self, name: str = FULL) -> Point:
         """Returns an operating point.

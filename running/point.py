@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_modules import ImageClassifier
-from networks import early_exit, early_exit_stream
+from networks import MultiExitNetwork, TemperatureScaled, early_exit, early_exit_stream
 
 if TYPE_CHECKING:  # data sets take long to import
     from datamodules import ImageFormat
@@ -98,9 +98,14 @@ class Point(NamedTuple):
         criterion = self.module.exit_criterion
         normalized = map(self._normalize, batches)
         for logits, index in early_exit_stream(
-            self.module.answering_net, normalized, self.thresholds, criterion, batch_size
+            self._net, normalized, self.thresholds, criterion, batch_size
         ):
             yield self._classified(logits, index + 1)
+
+    @property
+    def _net(self) -> MultiExitNetwork | TemperatureScaled:
+        """The network whose images leave early."""
+        return self.module.network_of(self.name)
 
     def _prepare_all(self, images: Iterable[Image.Image | str | Path]) -> Tensor:
         from datamodules import prepare_images  # slow to import
@@ -133,9 +138,8 @@ class Point(NamedTuple):
         pixels = self._normalize(images)
         if self.thresholds is None:
             return self._classified(self.run(pixels), None)
-        logits, index = early_exit(
-            self.module.answering_net, pixels, self.thresholds, self.module.exit_criterion
-        )
+        criterion = self.module.exit_criterion
+        logits, index = early_exit(self._net, pixels, self.thresholds, criterion)
         return self._classified(logits, index + 1)
 
     def _classified(self, logits: Tensor, exits: Tensor | None) -> Classified:

@@ -13,10 +13,13 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from endless import is_endless
-from lightning_modules import FULL, ImageClassifier, check_data
+from lightning_modules import FULL, Cost, ImageClassifier, check_data
 from networks import (
     NUM_TIMED_ROUNDS,
     TIMED_BATCH_SIZE,
+    MultiExitNetwork,
+    count_exit_macs,
+    count_params,
     count_stage_macs,
     count_stage_params,
     early_exit,
@@ -29,6 +32,7 @@ from networks import (
     walk_whole,
 )
 from running.cli import ExperimentCLI
+from running.export_networks import narrowed
 
 TIMES = {"ms_alone": 20, "ms_in_batch": NUM_TIMED_ROUNDS}
 """Costs that are measured times, and how many runs each is the median of: one image takes less time
@@ -157,7 +161,7 @@ def profile(
     module.to(device)
     chance = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, batch_size), *image_shape, generator=chance).to(device)
-    image, net, staying = images[:1], module.net, take_thresholds(module)
+    image, net, networks = images[:1], module.net, take_thresholds(module)
     points = dict(module.evaluated_points())
     stages = walk_stages(net, points[FULL])
 
@@ -170,40 +174,42 @@ def profile(
     by_stage["macs"] = count_stage_macs(stages, image)
     by_stage["params"] = count_stage_params(net, stages, image)
     by_stage["peak_bytes"] = peak_bytes(net, stages, image)
-    by_point = costs_of_points(module, staying, image, by_stage) | {"kept_bytes": kept}
-    points |= staying
+    points |= {name: partial(stay, network) for name, network in networks.items()}
+    peaks = {name: _whole(peak_bytes, net, run, image) for name, run in points.items()}
+    by_point = counts_of_points(module, networks, image) | {"kept_bytes": kept, "peak_bytes": peaks}
     for (key, num_rounds), batch in zip(TIMES.items(), (image, images[:batch_size]), strict=True):
         by_point[key] = time_points(points, [batch], num_rounds)
         by_stage[key] = time_stages(stages, batch, num_rounds)
     return [*_rows("point", by_point), *_rows("stage", by_stage)]
 
 
-def costs_of_points(
-    module: ImageClassifier, staying: Points, image: Tensor, by_stage: Columns
+def counts_of_points(
+    module: ImageClassifier, networks: Mapping[str, MultiExitNetwork], image: Tensor
 ) -> Columns:
-    """Returns MACs, parameters and peak memory of the points, and of thresholds: `staying`."""
+    """Returns MACs and parameters of the points, and of images that stay in these networks."""
     with torch.no_grad():
         costs = dict(module.costs(image))
-    everything = (sum(by_stage[key].values()) for key in ("macs", "params"))
-    costs |= dict.fromkeys(staying, tuple(everything))
-    points = {**module.evaluated_points(), **staying}
+        for name, network in networks.items():
+            macs = count_exit_macs(network, image).leaving[-1]
+            costs[name] = Cost(macs, count_params(narrowed(network)))
     return {
-        "macs": {name: round(costs[name][0]) for name in points},
-        "params": {name: costs[name][1] for name in points},
-        "peak_bytes": {
-            name: _whole(peak_bytes, module.net, run, image) for name, run in points.items()
-        },
+        "macs": {name: round(cost.macs) for name, cost in costs.items()},
+        "params": {name: cost.params for name, cost in costs.items()},
     }
 
 
-def take_thresholds(module: ImageClassifier) -> Points:
-    """Takes given thresholds away from a module, and returns their points for one that stays."""
+def stay(network: MultiExitNetwork, images: Tensor) -> Tensor:
+    """Returns the logits of images that stay to the end, and are asked at every exit."""
+    return early_exit(network, images, [-math.inf] * (network.num_exits - 1)).logits
+
+
+def take_thresholds(module: ImageClassifier) -> dict[str, MultiExitNetwork]:
+    """Takes given thresholds away from a module; returns the network of each of their points."""
     names = module.operating_points().keys() - module.evaluated_points().keys()
-    if not names:
-        return {}
-    module.given_thresholds = None
-    never = [-math.inf] * (module.net.num_exits - 1)
-    return {name: partial(early_exit, module.net, thresholds=never) for name in names}
+    networks = {name: module.network_of(name) for name in names}
+    if names:
+        module.given_thresholds = None
+    return networks
 
 
 def _whole(

@@ -172,17 +172,37 @@ METHODS["recipe"] = {
     },
 }
 
+METHODS["slimmable_exits"] = {
+    "class_path": "lightning_modules.LitSlimmableExits",
+    "init_args": {
+        "net": {
+            "class_path": "networks.SlimmableWithExits",
+            "init_args": {
+                "trunk": METHODS["universally_slimmable"]["init_args"]["net"],
+                "exits_after": [0, 2],
+            },
+        },
+        "eval_widths": [0.6],
+        "num_widths": 3,
+        "final_survival_prob": 0.5,
+    },
+}
+
 TRAINED = tuple(name for name in METHODS if name != "branchynet_calibrated")
 """The rows that differ in how they train."""
 ANSWERING = tuple(name for name in METHODS if name != "recipe")
 """The rows that differ in how they answer."""
-WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits")
+WITH_EXITS = ("branchynet", "branchynet_calibrated", "msdnet", "with_exits", "slimmable_exits")
 """The rows whose images may leave early."""
+
+OF_ANY_WIDTH = ("universally_slimmable", "slimmable_exits")
+"""The rows whose BNs are recalibrated."""
 
 # Whoever resumes and agrees in the row that they resemble rarely fails in these.
 VARIANTS = (
     *("resnet", "stochastic_depth_row", "vision_transformer", "convnext"),
-    *("branchynet_calibrated", "with_exits", "slimmable", "densenet", "recipe"),
+    *("branchynet_calibrated", "with_exits", "slimmable", "slimmable_exits", "densenet"),
+    "recipe",
 )
 
 
@@ -217,11 +237,11 @@ def config(method: str) -> dict[str, Any]:
         "init_args": {"milestones": [1, 2]},
     }
     callbacks = ["GradientMagnitudeLogger", "ThroughputMonitor"]
-    if "StochasticDepth" in model["class_path"]:
+    if "StochasticDepth" in model["class_path"] or method == "slimmable_exits":
         callbacks.append("SurvivalProbabilityLogger")
     if method in WITH_EXITS:
         callbacks.append("ExitStatistics")
-    if method == "universally_slimmable":
+    if method in OF_ANY_WIDTH:
         callbacks.append("BNRecalibration")
     return {
         "seed_everything": 7,

@@ -72,11 +72,11 @@ def trained_by_chance(method: str, data: LightningDataModule, folder: Path) -> I
         if parameter.dim() == 2:  # a classifier: surer, and no longer of one mind
             nn.init.normal_(parameter, std=2.0)
     trainer = quiet_trainer(folder, callbacks=[OperatingPoints()])
+    if method in methods.OF_ANY_WIDTH:
+        runs = module.calibration_runs(module.evaluated_points())
+        recalibrate(module.net, [torch.randn(64, 1, 32, 32)], runs)
     if method in methods.WITH_EXITS:
         trainer.validate(module, data, verbose=False)
-    if method == "universally_slimmable":
-        widths = [(lambda x, w=w: module.net(x, width_mult=w)) for w in module.eval_widths]
-        recalibrate(module.net, [torch.randn(64, 1, 32, 32)], widths)
     trainer.test(module, data, verbose=False)
     return module
 

@@ -72,7 +72,7 @@ def test_ranks_agree(method: str, tmp_path: Path) -> None:
     if "slimmable" in method:
         assert len(report["same_widths"]) == 21
         assert all(report["same_widths"])
-    if method in ("stochastic_depth", "convnext"):
+    if method in ("stochastic_depth", "convnext", "slimmable_exits"):
         assert len(report["same_gates"]) == 21
         assert all(report["same_gates"])
     if method in ("stochastic_depth_row", "vision_transformer"):

@@ -28,6 +28,7 @@ from networks import (
     exits_taken,
     geometric_fractions,
     load_weights,
+    recalibrate,
     run_all_exits,
     run_to_exit,
     screen_thresholds,
@@ -57,6 +58,7 @@ def test_leaving_early_is_a_part_of_the_full_pass(method: str) -> None:
     """Of the network of every method with exits."""
     network = build(METHODS[method]["init_args"]["net"]).eval()
     images = torch.randn(64, 1, 32, 32)
+    recalibrate(network, [images])
     every_exit = torch.stack(network(images), 1)
     scores = confidence(every_exit.flatten(0, 1)).view(64, -1)
     thresholds = scores[:, :-1].quantile(0.6, dim=0).tolist()

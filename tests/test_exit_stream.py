@@ -25,6 +25,7 @@ from networks import (
     exit_score,
     exit_stream,
     join_answers,
+    recalibrate,
     recorded_exits,
 )
 from networks.captured import Recorder
@@ -126,6 +127,7 @@ def test_every_network_answers_as_when_a_batch_leaves_early(name, criterion, mem
 def test_networks_of_the_methods(method: str) -> None:
     network = build(METHODS[method]["init_args"]["net"]).double().eval()
     images = torch.randn(40, 1, 32, 32, dtype=torch.float64)
+    recalibrate(network, [images])
     thresholds = thresholds_of(network, images, "confidence")
     expected = early_exit(network, images, thresholds, "confidence")
     parts = list(early_exit_stream(network, images.split(7), thresholds, "confidence", 16))

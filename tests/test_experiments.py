@@ -109,7 +109,11 @@ def test_machine_decides_nothing_but_the_machine(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["resnet", "stochastic_depth", "branchynet", "slimmable", "densenet", "msdnet"]
+    "method",
+    [
+        *("resnet", "stochastic_depth", "branchynet", "slimmable", "densenet", "msdnet"),
+        "slimmable_exits",
+    ],
 )
 def test_method_has_a_card(method: str) -> None:
     card = (ROOT / "experiments" / method / "README.md").read_text()

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from methods import ANSWERING, METHODS, WITH_EXITS, build, variants_slow
+from methods import ANSWERING, METHODS, OF_ANY_WIDTH, WITH_EXITS, build, variants_slow
 from PIL import Image
 from torch import Tensor, nn
 
@@ -203,8 +203,9 @@ def fake_run(method: str, digits: tuple[ImageFormat, Tensor], **arguments: objec
     module = build({**spec, "init_args": spec["init_args"] | arguments}).eval()
     draw_statistics(module.net)
     normalized = image_format.normalize(images)
-    if method == "universally_slimmable":
-        recalibrate(module.net, [normalized], list(module.operating_points().values()))
+    if method in OF_ANY_WIDTH:
+        runs = module.calibration_runs(module.evaluated_points())
+        recalibrate(module.net, [normalized], runs)
         module.eval()
     if method == "branchynet_calibrated":
         module.found = FoundThresholds(temperatures=[0.5, 1.5, 3.0], accuracies=[1.0])
@@ -252,7 +253,8 @@ def test_every_point_is_what_the_checkpoint_says(
 
 
 @pytest.mark.parametrize("point", ["exit1", "exit2", "full"])
-@pytest.mark.parametrize("method", variants_slow(WITH_EXITS))
+# Of widths the BNs are in the convolutions; what is left is the test below.
+@pytest.mark.parametrize("method", variants_slow(m for m in WITH_EXITS if m != "slimmable_exits"))
 def test_an_exit_holds_no_other_exit_and_nothing_behind_it(
     method: str, point: str, digits: tuple[ImageFormat, Tensor]
 ) -> None:
@@ -275,11 +277,21 @@ def test_an_exit_holds_no_other_exit_and_nothing_behind_it(
 
 def test_a_width_is_a_narrow_network(digits: tuple[ImageFormat, Tensor]) -> None:
     run = fake_run("slimmable", digits)
-    narrow, wide = (
-        sum(p.numel() for p in take_out(run, name).piece.module.parameters())
-        for name in ("w0.25", "full")
-    )
+    narrow, wide = (num_weights(run, name) for name in ("w0.25", "full"))
     assert narrow < wide / 10
+
+
+def test_an_exit_of_a_width_is_narrow_and_ends_there(digits: tuple[ImageFormat, Tensor]) -> None:
+    """9 weights and a bias, which was BN's, of every channel of the stem; 10 logits."""
+    run = fake_run("slimmable_exits", digits)
+    channels = 12  # 0.6 of 16, in multiples of 4
+    assert num_weights(run, "w0.6_exit1") == (9 + 1) * channels + 10 * (channels + 1)
+    numbers = [num_weights(run, name) for name in ("w0.6_exit1", "w0.6_exit2", "w0.6", "full")]
+    assert numbers == sorted(set(numbers))
+
+
+def num_weights(run: LoadedRun, point: str) -> int:
+    return sum(p.numel() for p in take_out(run, point).piece.module.parameters())
 
 
 # --- early exit -----------------------------------------------------------------------------------
@@ -354,7 +366,8 @@ def test_edges_of_thresholds(
     thresholds = [float(everybody if number == last else nobody) for number in (1, 2)]
     images = digits[1][:5]
     normalized = adaptive.run.image_format.normalize(images)
-    logits = early_exit(adaptive.run.net, normalized, thresholds, adaptive.point.criterion).logits
+    answering = adaptive.run.module.answering_net
+    logits = early_exit(answering, normalized, thresholds, adaptive.point.criterion).logits
     for classify in with_thresholds(thresholds, adaptive, tmp_path):
         for size in (5, 1):
             answers = in_batches(classify, images, size)

@@ -21,7 +21,7 @@ from callbacks.exit_images import write_exit_images
 from callbacks.exit_statistics import curve_rows, entropy_rows, panels, path_to, trunk_only
 from datamodules import DigitsDataModule
 from lightning_modules import LitBranchyNet, LitResNet, PointAnswers, Tuning
-from lightning_modules.multi_exit import ExitOutputs
+from lightning_modules.exit_outputs import ExitOutputs
 from networks import CifarResNet, EarlyExit, ResNetWithExits, count_macs, count_params, early_exit
 from networks.early_exit import ExitCosts
 from running import CSVHistory, OperatingPoints, PredictionWriter

@@ -259,7 +259,7 @@ def test_conversion_is_seen() -> None:
     torch.testing.assert_close(out.float(), before)
     net.float().to(memory_format=torch.channels_last)
     torch.testing.assert_close(logits(net), before)
-    weights = [p for p in net._kept.get(net, 0.5, None).parameters() if p.dim() == 4]
+    weights = [p for p in net._kept.get(net, (0.5, None), None).parameters() if p.dim() == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
@@ -375,7 +375,7 @@ def test_the_latest_widths_are_kept() -> None:
     recalibrate(net, [images()], [partial(net, width_mult=width) for width in widths])
     for width in [*widths, widths[3]]:
         logits(net, width)
-    assert list(net._kept._kept) == [*widths[2:3], *widths[4:], widths[3]]
+    assert [width for width, _ in net._kept._kept] == [*widths[2:3], *widths[4:], widths[3]]
 
 
 def test_a_dropped_network_is_freed_at_once() -> None:
@@ -394,7 +394,7 @@ def test_what_needs_no_copy_is_shared() -> None:
     net = network()
     recalibrate(net, [images()])
     logits(net, 1.0)
-    plain = net._kept.get(net, 1.0, None)
+    plain = net._kept.get(net, (1.0, None), None)
     own = {p.data_ptr() for p in net.parameters()}
     assert all(p.data_ptr() in own for p in plain.parameters())
     assert not any(p.requires_grad for p in plain.parameters())

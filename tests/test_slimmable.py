@@ -28,8 +28,9 @@ from networks import (
     extract,
     recalibrate,
 )
+from networks.narrow import Residual
 from networks.slimmable import round_channels
-from networks.slimmable_layers import Residual, Width
+from networks.slimmable_layers import Width
 
 # Slimmable: stored numbers; active numbers and MACs of every switch.
 SWITCHES = {

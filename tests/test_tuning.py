@@ -33,6 +33,7 @@ FIRST = {
     "convnext": "features.1",
     "slimmable": "units.1",
     "universally_slimmable": "units.1",
+    "slimmable_exits": "trunk.units.0",
     "vision_transformer": "encoder.layers.encoder_layer_0",
     "with_exits": "network.blocks.0",
 }
@@ -67,7 +68,7 @@ def fit(module: ImageClassifier, folder: Path, **arguments: Any) -> Trainer:
 
 # --- frozen ---------------------------------------------------------------------------------------
 
-FREEZABLE = [name for name in methods.METHODS if name != "universally_slimmable"]
+FREEZABLE = [name for name in methods.METHODS if name not in methods.OF_ANY_WIDTH]
 
 
 @pytest.mark.parametrize("method", FREEZABLE)

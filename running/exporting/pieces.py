@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from datamodules import ImageFormat
 from lightning_modules import ImageClassifier, LitStochasticDepth, MultiExitClassifier
 from networks import (
+    AtWidth,
     Criterion,
+    MultiExitNetwork,
     OnlyUsed,
     SlimmableNetwork,
+    TemperatureScaled,
     exit_score,
     extract,
     fold_survival_probs,
@@ -87,8 +90,8 @@ def take_out(run: LoadedRun, name: str) -> Network | EarlyExit:
     """
     run.point(name)
     module = copy.deepcopy(run.module)
-    if isinstance(module, MultiExitClassifier) and name in module.exit_thresholds:
-        return take_out_exits(module, module.exit_thresholds[name], run.image_format)
+    if isinstance(module, MultiExitClassifier) and name in module.early_points():
+        return take_out_exits(module, name, run.image_format)
     images = example_images(run.image_format)
     network, function = ordinary(module, name)
     part = OnlyUsed(network, function, run.image_format.normalize(images))
@@ -106,22 +109,30 @@ def ordinary(module: ImageClassifier, name: str) -> tuple[nn.Module, Callable[[T
     if isinstance(module, LitStochasticDepth) and not module.rescale:
         network = fold_survival_probs(module.net, module.survival_probs)
         return network, network
-    if isinstance(module, MultiExitClassifier) and name in module.exit_names:
-        # Of MSDNet the point itself runs the exits before it, too.
-        index = module.exit_names.index(name) - len(module.exit_names)  # some are not trained
-        network = module.answering_net
-        return network, partial(run_to_exit, network, network.num_exits + index)
+    if isinstance(module, MultiExitClassifier):
+        names = module.names_of(module.group_of(name))
+        if name in names:  # of MSDNet the point itself runs the exits before it, too
+            index = names.index(name) - len(names)  # some are not trained
+            network = narrowed(module.network_of(name))
+            return network, partial(run_to_exit, network, network.num_exits + index)
     return module.net, points[name]
 
 
-def take_out_exits(
-    module: MultiExitClassifier, thresholds: list[float], image_format: ImageFormat
-) -> EarlyExit:
+def narrowed(
+    network: MultiExitNetwork | TemperatureScaled,
+) -> MultiExitNetwork | TemperatureScaled:
+    """Returns an ordinary network with the exits of this one, of which it may be a width."""
+    if isinstance(network, TemperatureScaled):
+        return TemperatureScaled(narrowed(network.network), network.temperatures)
+    return network.extract(fold_bn=True) if isinstance(network, AtWidth) else network
+
+
+def take_out_exits(module: MultiExitClassifier, name: str, image_format: ImageFormat) -> EarlyExit:
     images = example_images(image_format)
     state: object = image_format.normalize(images)
     before, names = [images], ["images"]
     stages, exits = [], []
-    answering = module.answering_net
+    answering = narrowed(module.network_of(name))
     for index in range(answering.num_exits):
         # Copies, as each loses what it does not run.
         network, other = copy.deepcopy(answering), copy.deepcopy(answering)
@@ -136,7 +147,8 @@ def take_out_exits(
         answers = Probabilities(exit_here, module.exit_criterion).eval()
         exits.append(Piece(answers, after, outputs, ["probabilities", "score"]))
         before, names = after, outputs
-    return EarlyExit(stages, exits, list(thresholds), module.exit_criterion)
+    thresholds = list(module.early_points()[name].thresholds)
+    return EarlyExit(stages, exits, thresholds, module.exit_criterion)
 
 
 def example_images(image_format: ImageFormat) -> Tensor:
