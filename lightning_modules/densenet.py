@@ -17,6 +17,8 @@ from lightning_modules.base import Batch, ImageClassifier
 class LitDenseNet(ImageClassifier):
     """Trains a DenseNet by cross-entropy."""
 
+    takes_logits = True
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self.trained_net(images)

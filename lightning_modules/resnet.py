@@ -16,6 +16,8 @@ from lightning_modules.base import Batch, ImageClassifier
 class LitResNet(ImageClassifier):
     """Trains a network of constant depth (any network from images to logits) by cross-entropy."""
 
+    takes_logits = True
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self.trained_net(images)

@@ -12,7 +12,7 @@ from datamodules import MNISTDataModule
 OF_ALL = {"batch_size": 128, "eval_batch_size": 500, "seed": 0, "drop_last": False}
 IN_MEMORY = {"split_seed": 0, "crop_padding": 0}
 FOLDER = {"image_size": 224, "augmentation": "inception", "val_size": 0, "split_seed": 0}
-FILES = {"num_workers": 4, "predict_dir": None}
+FILES = {"num_workers": 4, "grey": False, "predict_dir": None}
 CIFAR = {"val_size": 5000, "crop_padding": 4, "horizontal_flip": True, "normalization": "channel"}
 MNIST = {"data_dir": "data", "val_size": 5000, "normalization": "scale"}
 ARGUMENTS = {
