@@ -57,6 +57,17 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
+def check_width(width_mult: WidthMult) -> None:
+    """Raises ValueError unless a width is a number, or several."""
+    is_tensor = isinstance(width_mult, Tensor) and width_mult.dim() == 1
+    if isinstance(width_mult, Sequence) or is_tensor:
+        fits = all(isinstance(ratio, float | int | Tensor) for ratio in width_mult)
+    else:
+        fits = isinstance(width_mult, float | int)
+    if not fits:
+        raise ValueError(f"width is {shown(width_mult)}: give a number, or one per group")
+
+
 class SlimmableNetwork(nn.Module):
     """Units in a row, global average pooling, a linear layer; subclasses append the units.
 
@@ -125,6 +136,7 @@ class SlimmableNetwork(nn.Module):
             ValueError: a ratio outside the range, a width that is none of `width_mults`, or not one
                 ratio per group.
         """
+        check_width(width_mult)
         name = name_of(width_mult)
         # Made of the name, so that widths of one name are one width.
         ratios = [float(ratio) for ratio in name.split(",") if ratio]
@@ -243,6 +255,7 @@ class SlimmableNetwork(nn.Module):
         return self._run(images, self.width(width_mult)) if plain is None else plain(images)
 
     def _plain(self, width_mult: WidthMult) -> nn.Module | None:
+        check_width(width_mult)
         key = width_mult if isinstance(width_mult, float | int) else tuple(width_mult)
 
         def make() -> tuple[str, nn.Module]:
