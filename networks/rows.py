@@ -22,6 +22,8 @@ def split_rows(gates: Tensor, device: torch.device) -> list[Rows | float]:
         gates: one per block and sample, (num_blocks, N), on the CPU.
         device: where the batch is; the numbers of all blocks travel there together.
     """
+    if gates.shape[1] == 0:
+        return [0.0] * len(gates)
     is_open = gates != 0
     counts = is_open.sum(1).tolist()
     indices = send(is_open.nonzero()[:, 1], device).split(counts)
