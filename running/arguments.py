@@ -239,7 +239,7 @@ def _keys_given(args: Sequence[str]) -> dict[str, str]:
         file = arg.rpartition("=")[2]
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
             content = yaml.load(Path(file).read_text(encoding="utf-8"), _Composer)
-            keys |= dict.fromkeys(keys_of(content), file)
+            keys |= {} if is_endless(content) else dict.fromkeys(keys_of(content), file)
     return keys
 
 

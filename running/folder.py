@@ -29,7 +29,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from endless import is_endless
+from endless import is_endless, is_special
 from running.checkpoint import LAST, PREVIOUS, check_images_per_step, images_per_step
 from running.checkpoint_io import is_damaged
 from running.environment import environment
@@ -95,9 +95,13 @@ class RunFolder:
 
         Raises:
             OSError: it cannot be made or written.
+            ValueError: something in it is neither a file nor a folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for each in self.path.iterdir():
+                if is_special(each):  # to open a pipe is to wait, maybe forever
+                    raise ValueError(f"{each} is a pipe or a device: remove it")
             (self.path / "lock").touch()
         except OSError as error:
             raise OSError(
@@ -265,5 +269,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: str) -> None:
     part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)  # of a killed attempt, or a link that leads elsewhere
     part.write_text(content)
     os.replace(part, path)

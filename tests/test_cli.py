@@ -107,6 +107,14 @@ BAD = {
         {"data__init_args__val_size": 0},
         "checkpoint.select is best, but nothing is validated",
     ),
+    "validated too late": (
+        {"trainer__check_val_every_n_epoch": 5},
+        "the first validation comes after 35 batches and the training ends after 7",
+    ),
+    "too few steps to validate": (
+        {"trainer__max_steps": 2, "trainer__accumulate_grad_batches": 3},
+        "the first validation comes after 7 batches and the training ends after 6: validate",
+    ),
     "logger": ({"trainer__logger": False}, "use --wandb.mode and --run_dir"),
     "seed": ({"seed_everything": -1}, "seed_everything is -1: use 0 to"),
     "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),
