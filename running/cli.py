@@ -212,8 +212,8 @@ class ExperimentCLI(LightningCLI):
         4. If the run is finished, prints its result and ends.
         5. Goes on from last.ckpt, or from previous.ckpt if that is damaged; otherwise from
            --ckpt_path, or from the start.
-        6. Opens the history and W&B. Once nothing can be refused any more, writes down the
-           configuration and the attempt.
+        6. Opens the history. Once nothing can be refused any more, writes down the configuration
+           and the attempt, and opens W&B.
         7. Trains. After a warning, or when max_time is over, it saves and leaves.
         8. Tests the selected checkpoint, unless told not to.
         9. Marks the run as finished, gives W&B its figures, and prints where it is.
@@ -262,10 +262,16 @@ class ExperimentCLI(LightningCLI):
             )
         elif ckpt_path:
             self.check_start(resume_from)
-        self.checkpoint.on_begin = partial(folder.record_attempt, self.config_dump)
-        self.trainer.loggers = folder.loggers(tracking, self.config_dump)
+        self.trainer.loggers = [folder.history()]
+        self.checkpoint.on_begin = self.begin
         self.model.read_weights = read_weights
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
+
+    def begin(self) -> None:
+        """Writes down the attempt, and tracks it: a training that is refused is no run of W&B."""
+        self.run_folder.record_attempt(self.config_dump)
+        tracking = self.config_init.fit.wandb
+        self.trainer.loggers += self.run_folder.trackers(tracking, self.config_dump)
 
     def check_start(self, checkpoint: Path) -> None:
         """Refuses to start from a checkpoint of another experiment, or from that and weights."""

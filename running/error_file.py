@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from running.masking import masked_words
+from running.masking import masked_words, without_secrets
 
 NAME = "error.txt"
 
@@ -33,7 +33,7 @@ class ErrorFile:
             return None
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         command = shlex.join(["main.py", *masked_words(self.words)])
-        trace = "".join(traceback.format_exception(error))
+        trace = without_secrets("".join(traceback.format_exception(error)), self.words)
         path = self.folder / NAME
         try:
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:

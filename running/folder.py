@@ -185,12 +185,16 @@ class RunFolder:
         }
         _write(self.path / FINISHED, yaml.safe_dump(_limits(trainer) | content))
 
-    def loggers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
-        """Opens the CSV history and the W&B run of this folder."""
+    def history(self) -> CSVHistory:
+        """Opens the CSV history of this folder."""
         history = CSVHistory(self.path / "metrics.csv")
         if self.last_checkpoint is None:
             history.truncate(0)
-        return [history, *open_wandb(tracking, self.path, self.name, self.seed, config)]
+        return history
+
+    def trackers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
+        """Opens the W&B run of this folder, if it is tracked."""
+        return open_wandb(tracking, self.path, self.name, self.seed, config)
 
     def describe(self, loggers: list[Logger]) -> str:
         """Says where the run is, and how to look at it in W&B."""

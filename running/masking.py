@@ -1,7 +1,9 @@
 """What nobody may read in a run folder or on a server: keys and passwords that a user has given."""
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 SECRET = re.compile(
@@ -38,3 +40,23 @@ def masked_words(args: Sequence[str]) -> list[str]:
             words.append(f"{option}={MASK}" if is_secret and equals else arg)
         hides = is_secret and not equals
     return words
+
+
+def without_secrets(text: str, args: Sequence[str]) -> str:
+    """Returns a text in which the secrets of a command line are masked."""
+    for arg, shown in zip(args, masked_words(args), strict=True):
+        if arg != shown:
+            secret = arg if shown == MASK else arg.partition("=")[2]
+            text = text.replace(secret, MASK)
+    return text
+
+
+@contextmanager
+def masked_command() -> Iterator[None]:
+    """Masks the command line for those who ask Python for it, as W&B does."""
+    before = sys.argv
+    sys.argv = masked_words(before)
+    try:
+        yield
+    finally:
+        sys.argv = before
