@@ -60,8 +60,9 @@ def check_structure(
     """
     here = module.state_dict()
     for key, value in checkpoint["state_dict"].items():
-        if value.dtype != here[key].dtype:
-            _refuse(name, f"{key} is of {value.dtype} there and {here[key].dtype} here")
+        types = [getattr(each, "dtype", None) for each in (value, here.get(key))]
+        if types[0] != types[1]:
+            _refuse(name, f"{key} is of {types[0]} there and {types[1]} here")
     saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     for what, there, now in zip(
