@@ -15,12 +15,16 @@ import sys
 import warnings
 from argparse import Action
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from pytorch_lightning.cli import LightningArgumentParser
+
+from endless import is_endless, is_special
+from running.suggestions import arguments_with_long_names, hint, keys_of, with_long_names
 
 NO_FILE = '"<unicode string>"'  # what PyYAML calls a text, and jsonargparse hands it nothing else
 UNSAID = "Unable to serialize instance"  # what jsonargparse writes for a value
@@ -40,9 +44,17 @@ class StrictParser(LightningArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, *rest: Any, **options: Any
     ) -> Namespace:
-        refuse_empty(sys.argv[1:] if args is None else args)
-        with _naming("what the command line gives"):
-            return super().parse_args(args, *rest, **options)
+        words = arguments_with_long_names(sys.argv[1:] if args is None else args)
+        refuse_empty(words)
+        refuse_special(words)
+        try:
+            with _naming("what the command line gives"):
+                return super().parse_args(words, *rest, **options)
+        except (ArgumentError, ValueError) as error:
+            line = one_line(error)
+            if "did you mean" not in line:  # a parser calls those of its subcommands
+                line += hint(line, self._actions, _keys_given(words))
+            raise ArgumentError(None, line) from error
 
     def parse_path(self, path: str | os.PathLike, *rest: Any, **options: Any) -> Namespace:
         with _naming(f'"{path}"'):
@@ -157,11 +169,23 @@ def refuse_empty(args: Sequence[str]) -> None:
         option = name
 
 
-def load_yaml(text: str) -> Any:
-    """Reads a YAML text as jsonargparse does.
+def refuse_special(args: Sequence[str]) -> None:
+    """Refuses pipes and devices on a command line: to read one is to wait, maybe forever.
 
     Raises:
-        ValueError: a key is given twice; names it, and both lines.
+        ValueError: names the first.
+    """
+    for arg in args:
+        path = Path(arg.partition("=")[2] if arg.startswith("-") else arg)
+        if is_special(path):
+            raise ValueError(f"{path} is a pipe or a device: give a file")
+
+
+def load_yaml(text: str) -> Any:
+    """Reads a YAML text as jsonargparse does, and takes classes by their short names.
+
+    Raises:
+        ValueError: a key is given twice (names it, and both lines), or the text is without end.
     """
     # Not a YAMLError: after one of those jsonargparse takes the text for a string, and goes on.
     lines: dict[str, int] = {}
@@ -173,7 +197,10 @@ def load_yaml(text: str) -> Any:
                     "keep one"
                 )
             lines[key] = line
-    return _load_yaml(text)
+    content = _load_yaml(text)
+    if is_endless(content):
+        raise ValueError(f"{NO_FILE} refers to itself, or says too much: correct it")
+    return with_long_names(content)
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))
@@ -203,6 +230,17 @@ def _naming(place: str) -> Iterator[None]:
         if NO_FILE not in str(error):
             raise
         raise ArgumentError(None, str(error).replace(NO_FILE, place)) from error
+
+
+def _keys_given(args: Sequence[str]) -> dict[str, str]:
+    """Returns the dotted keys of the YAML files that a command line names, and which has them."""
+    keys = {}
+    for arg in args:
+        file = arg.rpartition("=")[2]
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            content = yaml.load(Path(file).read_text(encoding="utf-8"), _Composer)
+            keys |= {} if is_endless(content) else dict.fromkeys(keys_of(content), file)
+    return keys
 
 
 def _without_unsaid(value: Any) -> Any:
@@ -247,6 +285,21 @@ def one_line(error: Exception) -> str:
     message = re.sub(
         r"Parser key \"paper\": (Problem with given class_path 'running.Paper': )?",
         "paper takes source, a text, and test_acc, accuracies by operating point: ",
+        message,
+    )
+    message = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", message)
+    message = re.sub(
+        r"Expected a dot import path string: (\S+)( - .*)?", r"there is no class \1", message
+    )
+    message = re.sub(
+        r"Not a valid subclass of (\w+) Subclass types expect one of:.*",
+        r"give its class (of \1) by class_path, arguments below init_args, and nothing beside them",
+        message,
+    )
+    message = re.sub(
+        r"Type [\w.]*Callable\[.*? expects a function or a callable class: (.*?)"
+        r"\. Got value: Namespace\(class_path='([\w.]+)'",
+        r"Problem with given class_path '\2': \1. Got value: Namespace(",
         message,
     )
     message = re.sub(r" - Expected a <class 'NoneType'>.*", "", message)

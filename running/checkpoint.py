@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 import preemption
 from lightning_modules import LossNotFinite, accuracy_name
 from networks import check_choice
+from running.checkpoint_checks import check_parts, check_structure, check_validated
 from running.history import CSVHistory
 from running.wandb_logger import FaultTolerantWandbLogger
 
@@ -83,6 +84,7 @@ class RunCheckpoint(Checkpoint):
         self.saved_step = 0
         self.is_step_whole = True
         self.restored: dict[str, Any] | None = None
+        self.loaded: dict[str, Any] | None = None
         self.timer = Timer()
         self.on_begin: Callable[[], None] = lambda: None
         self.has_begun = False
@@ -143,6 +145,11 @@ class RunCheckpoint(Checkpoint):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None:
+            # Lightning hands over no checkpoint that is without callbacks.
+            check_parts(self.loaded or {}, str(trainer.ckpt_path))
+            check_structure(self.loaded, trainer, pl_module, str(trainer.ckpt_path))
+            self.loaded = None
         if self.select == "best" and not pl_module.validates:
             raise ValueError(
                 "checkpoint.select is best, but nothing is validated: hold out a validation split "
@@ -212,6 +219,8 @@ class RunCheckpoint(Checkpoint):
                 f"not all processes of this run see {self.path(trainer, LAST)}: pass a --run_dir "
                 "that all nodes share"
             )
+        if self.select == "best" and not self.path(trainer, BEST).exists():
+            check_validated(trainer)
         self.begin(trainer)
         self.timer.on_train_start(trainer, pl_module)
 
@@ -288,9 +297,9 @@ class RunCheckpoint(Checkpoint):
                 "differently: use that version (attempts.yaml names its commit), or pass another "
                 "--run_dir"
             )
-        check_images_per_step(run["images_per_step"], trainer.datamodule, trainer)
-        self.restored = run
-        trainer.should_stop = run["should_stop"]
+        check_images_per_step(run.get("images_per_step"), trainer.datamodule, trainer)
+        self.restored, self.loaded = run, checkpoint
+        trainer.should_stop = run.get("should_stop", False)
         self.saved_step = checkpoint["global_step"]
 
 

@@ -11,6 +11,9 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from archive import is_intact
 
+WHOLE = {"pytorch-lightning_version", "state_dict", "global_step"}
+"""Keys of what Lightning saves."""
+
 
 def is_damaged(path: Path) -> bool:
     """Tells whether a checkpoint has lost its bytes, as opposed to holding what is refused."""
@@ -65,8 +68,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 # Lightning hands weights from forked ranks to their parent as a bare `.temp.ckpt`.
                 is_temporary = Path(path).name == ".temp.ckpt"
                 is_dict = isinstance(checkpoint, dict)
-                if is_temporary or (is_dict and "pytorch-lightning_version" in checkpoint):
+                if is_temporary or (is_dict and checkpoint.keys() >= WHOLE):
                     return checkpoint
+                if is_dict and any(isinstance(each, torch.Tensor) for each in checkpoint.values()):
+                    raise ValueError(
+                        f"{path} holds weights alone, and no state of a training: start from them "
+                        "by --model.init_args.tuning.weights"
+                    )
             except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
                 problem = error
         raise ValueError(

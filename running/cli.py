@@ -10,11 +10,9 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.callbacks import (
-    EarlyStopping,
     LearningRateMonitor,
     ProgressBar,
     RichProgressBar,
-    StochasticWeightAveraging,
     Timer,
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -25,11 +23,15 @@ import preemption
 from callbacks import SampledTestImages
 from lightning_modules import ImageClassifier
 from running.arguments import StrictParser, check_trainer, one_line
-from running.checkpoint import RunCheckpoint, guess_mode
+from running.building import build_told, building
+from running.checkpoint import RunCheckpoint
 from running.checkpoint_io import AtomicCheckpointIO
 from running.commands import LOOKING
+from running.error_file import ErrorFile
 from running.folder import RunFolder, check_evaluated, check_trained
-from running.machine import Machine, check_tasks
+from running.given_callbacks import check_callbacks
+from running.machine import Machine, check_tasks, on_first_process
+from running.masking import masked
 from running.paper import Paper
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints, result_files, show_points
@@ -38,9 +40,15 @@ from running.weights import read_weights
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI with run folders. Subcommands: fit, validate, test, predict."""
+    """LightningCLI with run folders. Subcommands: fit, validate, test, predict.
 
-    def __init__(self, args: Sequence[str] | None = None):
+    Args:
+        args: the command line; None: that of the process.
+        errors: hears of the run folder, once it is made.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, errors: ErrorFile | None = None):
+        self.errors = errors or ErrorFile(args or [])
         parser = {"exit_on_error": False, "allow_abbrev": False}
         others = ", ".join(LOOKING)
         super().__init__(
@@ -126,7 +134,8 @@ class ExperimentCLI(LightningCLI):
         method = type(self.model).__module__.rsplit(".", 1)[-1]
         self.run_folder = RunFolder.of(self.config[self.subcommand], method)
         if init.fast_dev_run and self.subcommand == "fit":
-            self.run_folder.path = Path(tempfile.mkdtemp(prefix="fast_dev_run"))
+            self.temporary = tempfile.TemporaryDirectory(prefix="fast_dev_run")
+            self.run_folder.path = Path(self.temporary.name)
         given = init.plugins if isinstance(init.plugins, list) else [init.plugins or []]
         plugins = [*filter(None, given), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
@@ -148,35 +157,49 @@ class ExperimentCLI(LightningCLI):
         """Returns the callbacks of the YAML, and those that every run has."""
         given = init.callbacks or []
         given = given if isinstance(given, list) else [given]
-        if any(isinstance(each, Timer) for each in given):
-            raise ValueError(
-                "the callback Timer ends a training in the middle of an epoch, for good: use "
-                "trainer.max_time, after which the same command goes on"
-            )
-        if any(isinstance(each, StochasticWeightAveraging) for each in given):
-            raise ValueError(
-                "StochasticWeightAveraging changes the weights after the last checkpoint, so what "
-                "is tested and kept is not the average: use "
-                "pytorch_lightning.callbacks.EMAWeightAveraging, whose average is in every "
-                "checkpoint"
-            )
-        for each in given:
-            if isinstance(each, EarlyStopping):
-                check_direction(each)
+        check_callbacks(given)
         self.checkpoint.timer = Timer(init.max_time)
-        own_bar = any(isinstance(each, ProgressBar) for each in given)
-        progress = [] if own_bar or init.enable_progress_bar is False else [RichProgressBar()]
-        rates = [LearningRateMonitor()] if self.subcommand == "fit" else []
+        has_bar = any(isinstance(each, ProgressBar) for each in given)
+        has_rates = any(isinstance(each, LearningRateMonitor) for each in given)
+        progress = [] if has_bar or init.enable_progress_bar is False else [RichProgressBar()]
+        rates = [] if has_rates or self.subcommand != "fit" else [LearningRateMonitor()]
         return [*progress, *given, PredictionWriter(), OperatingPoints(), *rates, self.checkpoint]
 
     @property
     def checkpoint(self) -> RunCheckpoint:
         return self.config_init[self.subcommand].checkpoint
 
+    def instantiate_classes(self) -> None:
+        given = masked(self.config[self.subcommand].as_dict())
+        with building(given):
+            super().instantiate_classes()
+        factories = {name: getattr(self.model, name) for name in ("optimizer", "lr_scheduler")}
+        for name, factory in factories.items():
+            if factory is not None:  # those are called when training begins
+                setattr(self.model, name, partial(build_told, factory, given))
+
+    def _dump_config(self) -> None:
+        super()._dump_config()
+        self.config_dump = masked(self.config_dump)
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the method of that name; Lightning would call the Trainer's."""
         self._dump_config()
-        getattr(self, subcommand)(self.config[subcommand].ckpt_path)
+        try:
+            getattr(self, subcommand)(self.config[subcommand].ckpt_path)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning ends with 1
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            if hasattr(self, "temporary"):
+                self.temporary.cleanup()
+
+    def make_folder(self) -> None:
+        """Makes the run folder, where errors are kept from now on."""
+        self.run_folder.create()
+        if not self.trainer.fast_dev_run:
+            self.errors.folder = self.run_folder.path
 
     # --- fit --------------------------------------------------------------------------------------
 
@@ -189,8 +212,8 @@ class ExperimentCLI(LightningCLI):
         4. If the run is finished, prints its result and ends.
         5. Goes on from last.ckpt, or from previous.ckpt if that is damaged; otherwise from
            --ckpt_path, or from the start.
-        6. Opens the history and W&B. Once nothing can be refused any more, writes down the
-           configuration and the attempt.
+        6. Opens the history. Once nothing can be refused any more, writes down the configuration
+           and the attempt, and opens W&B.
         7. Trains. After a warning, or when max_time is over, it saves and leaves.
         8. Tests the selected checkpoint, unless told not to.
         9. Marks the run as finished, gives W&B its figures, and prints where it is.
@@ -200,8 +223,8 @@ class ExperimentCLI(LightningCLI):
         # are at that moment.
         self.trainer._signal_connector.register_signal_handlers = preemption.listen
         folder, trainer, test = self.run_folder, self.trainer, self.config.fit.test_after_fit
-        folder.create()
-        folder.lock()
+        on_first_process(trainer, self.make_folder)
+        on_first_process(trainer, folder.lock)
         folder.check_trained(self.config_dump, self.complete)
         if folder.is_finished(trainer, self.datamodule, test):
             if rank_zero_only.rank == 0:
@@ -239,10 +262,16 @@ class ExperimentCLI(LightningCLI):
             )
         elif ckpt_path:
             self.check_start(resume_from)
-        self.checkpoint.on_begin = partial(folder.record_attempt, self.config_dump)
-        self.trainer.loggers = folder.loggers(tracking, self.config_dump)
+        self.trainer.loggers = [folder.history()]
+        self.checkpoint.on_begin = self.begin
         self.model.read_weights = read_weights
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
+
+    def begin(self) -> None:
+        """Writes down the attempt, and tracks it: a training that is refused is no run of W&B."""
+        self.run_folder.record_attempt(self.config_dump)
+        tracking = self.config_init.fit.wandb
+        self.trainer.loggers += self.run_folder.trackers(tracking, self.config_dump)
 
     def check_start(self, checkpoint: Path) -> None:
         """Refuses to start from a checkpoint of another experiment, or from that and weights."""
@@ -305,7 +334,7 @@ class ExperimentCLI(LightningCLI):
         """Returns the checkpoint to evaluate: the given one, otherwise the run's selected one."""
         path = self.run_file(ckpt_path) or self.checkpoint.selected(self.trainer)
         check_evaluated(path, self.config_dump, self.complete)
-        self.run_folder.create()
+        self.make_folder()
         return path
 
     def run_file(self, ckpt_path: str | None) -> Path | None:
@@ -313,13 +342,3 @@ class ExperimentCLI(LightningCLI):
         if ckpt_path in ("last", "best"):
             return self.run_folder.path / f"{ckpt_path}.ckpt"
         return ckpt_path and Path(ckpt_path)
-
-
-def check_direction(callback: EarlyStopping) -> None:
-    """Raises ValueError if a training would be stopped because it gets better."""
-    mode = guess_mode(callback.monitor)
-    if mode and mode != callback.mode:
-        raise ValueError(
-            f"EarlyStopping would stop when {callback.monitor} gets better (mode "
-            f"{callback.mode}): set its mode to {mode}"
-        )

@@ -15,10 +15,21 @@ from torch.distributed import DistError
 import preemption
 from running.arguments import one_line, told
 from running.cli import ExperimentCLI
-from running.commands import looks, run_command
+from running.commands import LOOKING, looks, run_command
+from running.error_file import ErrorFile
+from running.suggestions import nearest
 
 # Mistakes of a user, each told in one line. Anything else is ours and shows its traceback.
 USER_ERRORS = (ArgumentError, MisconfigurationException, ValueError, OSError, FloatingPointError)
+RUNS = ("fit", "validate", "test", "predict")
+OTHER_NAMES = {"train": "fit", "eval": "test", "evaluate": "test", "infer": "predict", "ls": "runs"}
+START = """\
+python main.py fit -c experiments/quickstart.yaml           trains on handwritten digits, then tests
+python main.py fit -c experiments/quickstart.yaml --help    everything that can be set
+python main.py tour                                         six methods in five minutes
+
+Experiments are the YAML files in experiments/<method>/, machines those in experiments/machines/.
+Commands that look: runs, report, profile, predict --run, export, each with its --help."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -29,37 +40,66 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     silence_lightning()
     words = sys.argv[1:] if args is None else list(args)
+    errors = ErrorFile(words)
     try:
+        check_command(words)
         if looks(words):
             run_command(words)
         else:
-            ExperimentCLI(args)
-    except USER_ERRORS as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {told(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+            ExperimentCLI(args, errors)
     except preemption.Preempted as warning:
         rank_zero_info("saved after a signal: repeat the command to go on")
         return warning.code
-    except RuntimeError as error:
-        if is_mistake(error) and not os.environ.get("TRACEBACK"):
-            print(f"error: {told(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
-            return 2
-        if not is_loss_of_a_rank(error) or os.environ.get("TRACEBACK"):
-            raise
-        print(
-            f"error: another process of this run has ended, so this one does ({one_line(error)}): "
-            "see what it printed, then repeat the command to go on",
-            file=sys.stderr,
-        )
-        return 1
     except SIGTERMException:
         # Lightning alone would exit with 0, and a scheduler would take the run for done.
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
+        if errors.folder is not None:
+            rank_zero_info("stopped: the same command goes on from what was saved last")
         return 128 + signal.SIGINT
+    except Exception as error:
+        return tell(error, errors)
     return 0
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Raises ValueError if a command line names no command, or a command alone."""
+    if not words or list(words) in [[name] for name in RUNS]:
+        print(START, file=sys.stderr)
+        missing = "experiment: give one by -c" if words else "command: begin with one of these"
+        raise ValueError(f"the command line names no {missing}")
+    known = [*RUNS, *LOOKING]
+    if not words[0].startswith("-") and words[0] not in known:
+        names = {name: name for name in known} | OTHER_NAMES
+        meant = [f": did you mean {names[name]}?" for name in nearest(words[0], names)[:1]]
+        raise ValueError("".join([f"{words[0]!r} is none of {', '.join(known)}", *meant]))
+
+
+def tell(error: Exception, errors: ErrorFile) -> int:
+    """Prints the line of an error and returns the exit status; keeps the traceback.
+
+    Raises:
+        Exception: the same, if it is no mistake of the user's, or if TRACEBACK is set.
+    """
+    kept = errors.keep(error)
+    where = f"{kept} shows where" if kept else "TRACEBACK=1 shows where"
+    if os.environ.get("TRACEBACK"):
+        raise
+    if isinstance(error, USER_ERRORS) or is_mistake(error):
+        print(f"error: {told(error)} ({where})", file=sys.stderr)
+        return 2
+    if not is_loss_of_a_rank(error):
+        if kept:
+            print(
+                f"this is no mistake of yours: {where}, and which command it was", file=sys.stderr
+            )
+        raise
+    print(
+        f"error: another process of this run has ended, so this one does ({one_line(error)}): "
+        f"see what it printed, then repeat the command to go on ({where})",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def silence_lightning() -> None:
@@ -74,16 +114,18 @@ def silence_lightning() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
-def is_mistake(error: RuntimeError) -> bool:
+def is_mistake(error: Exception) -> bool:
     """Tells whether Lightning has refused what a user has said; it has no class for that."""
-    return str(error).startswith(
+    return isinstance(error, RuntimeError) and str(error).startswith(
         ("Early stopping conditioned on metric", "Found more than one stateful callback")
     )
 
 
-def is_loss_of_a_rank(error: RuntimeError) -> bool:
+def is_loss_of_a_rank(error: Exception) -> bool:
     """Tells whether a collective operation failed; gloo has no class for that."""
-    return isinstance(error, DistError) or "gloo" in str(error)
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -12,13 +12,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from running.masking import masked_words
+
 
 def environment() -> dict[str, Any]:
     """Returns what a number must be read with: time, command, commit, versions, hardware."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *masked_words(sys.argv[1:])]),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": bool(
             _git("status", "--porcelain", "--untracked-files=no")

@@ -29,7 +29,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from endless import is_endless
+from endless import is_endless, is_special
 from running.checkpoint import LAST, PREVIOUS, check_images_per_step, images_per_step
 from running.checkpoint_io import is_damaged
 from running.environment import environment
@@ -95,9 +95,13 @@ class RunFolder:
 
         Raises:
             OSError: it cannot be made or written.
+            ValueError: something in it is neither a file nor a folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for each in self.path.iterdir():
+                if is_special(each):  # to open a pipe is to wait, maybe forever
+                    raise ValueError(f"{each} is a pipe or a device: remove it")
             (self.path / "lock").touch()
         except OSError as error:
             raise OSError(
@@ -181,12 +185,16 @@ class RunFolder:
         }
         _write(self.path / FINISHED, yaml.safe_dump(_limits(trainer) | content))
 
-    def loggers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
-        """Opens the CSV history and the W&B run of this folder."""
+    def history(self) -> CSVHistory:
+        """Opens the CSV history of this folder."""
         history = CSVHistory(self.path / "metrics.csv")
         if self.last_checkpoint is None:
             history.truncate(0)
-        return [history, *open_wandb(tracking, self.path, self.name, self.seed, config)]
+        return history
+
+    def trackers(self, tracking: Tracking, config: dict[str, Any]) -> list[Logger]:
+        """Opens the W&B run of this folder, if it is tracked."""
+        return open_wandb(tracking, self.path, self.name, self.seed, config)
 
     def describe(self, loggers: list[Logger]) -> str:
         """Says where the run is, and how to look at it in W&B."""
@@ -265,5 +273,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: str) -> None:
     part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)  # of a killed attempt, or a link that leads elsewhere
     part.write_text(content)
     os.replace(part, path)

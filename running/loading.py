@@ -34,6 +34,7 @@ from running.checkpoint_io import AtomicCheckpointIO
 from running.experiment import renamed
 from running.folder import read_yaml
 from running.point import Point, class_names
+from running.suggestions import did_you_mean
 
 if TYPE_CHECKING:  # data sets take long to import
     from datamodules import ImageFormat
@@ -163,7 +164,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}: give that of a run")
+            beside = folder.parent.glob("*/") if folder.parent.is_dir() else []
+            meant = did_you_mean(folder.name, {each.name: each for each in beside})
+            raise FileNotFoundError(f"there is no folder {folder}: give that of a run{meant}")
         below = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
         remedy = f", give one of those in it: {', '.join(below[:5])}" if below else ""
         raise FileNotFoundError(f"{folder} is no run folder: it holds no config.yaml{remedy}")

@@ -1,11 +1,16 @@
 """How a network runs, and where: the matter of a machine file, not of an experiment."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_modules import ImageClassifier
@@ -64,3 +69,27 @@ def check_tasks(trainer: Trainer) -> None:
             "--nodes as trainer.num_nodes and with --ntasks-per-node as many as trainer.devices, "
             "and the tasks with srun"
         )
+
+
+def on_first_process(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Does what the first process alone has to do; if that is refused, it is to all of them.
+
+    Processes that a launcher has started would otherwise wait for a first one that has left. Where
+    Lightning starts them, there is only one as yet.
+
+    Raises:
+        ValueError, OSError: in all processes, what it raised in the first.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size == 1 or isinstance(environment, LightningEnvironment):
+        action()
+        return
+    trainer.strategy.setup_environment()
+    problem = None
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        problem = error
+    problem = trainer.strategy.broadcast(problem)
+    if problem is not None:
+        raise problem

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from running import wandb_logger
 from running.arguments import one_line
 from running.environment import environment
+from running.masking import masked_command
 from running.wandb_file import can_be_uploaded, cut_half_record
 from running.wandb_logger import FaultTolerantWandbLogger
 
@@ -146,12 +147,14 @@ def _init(
         "config": {**config, "environment": environment()},
         "settings": _settings(),
     }
-    try:
-        run = wandb.init(mode=mode, **options)
-    except wandb.errors.Error as error:
-        print(f"W&B refused or was not reached, so it tracks offline ({error})", file=sys.stderr)
-        wandb.teardown()  # the failed attempt still holds the id
-        run = wandb.init(mode="offline", **options)
+    with masked_command():
+        try:
+            run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:
+            line = f"W&B refused or was not reached, so it tracks offline ({error})"
+            print(line, file=sys.stderr)
+            wandb.teardown()  # the failed attempt still holds the id
+            run = wandb.init(mode="offline", **options)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return run

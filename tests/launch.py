@@ -70,7 +70,7 @@ def run(args: Sequence[str], folder: Path, environment: Environment = QUIET) -> 
     if process.is_alive():
         process.kill()
         raise TimeoutError(f"{' '.join(args)} hangs\n{output.read_text()}")
-    return process.exitcode, output.read_bytes()[before:].decode()
+    return process.exitcode, output.read_bytes()[before:].decode(errors="backslashreplace")
 
 
 def kill_after_save(args: Sequence[str], folder: Path, environment: Environment = QUIET) -> bool:

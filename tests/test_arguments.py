@@ -21,6 +21,8 @@ import networks
 from running import ExperimentCLI, Tracking
 from running.arguments import StrictParser, load_yaml, one_line, refuse_empty
 from running.checkpoint import RunCheckpoint
+from running.command_line import main
+from running.suggestions import nearest_file
 
 QUICKSTART = str(Path(__file__).parent.parent / "experiments/quickstart.yaml")
 TRUNK = yaml.safe_dump({"model": methods.METHODS["branchynet"]})
@@ -334,6 +336,102 @@ def test_a_yaml_that_is_none_says_which_file(parse, tmp_path: Path) -> None:
 def test_numbers_are_read_as_before(parse) -> None:
     config = parse("-c", "model: {init_args: {optimizer: {init_args: {weight_decay: 1e-3}}}}\n")
     assert config.model.init_args.optimizer.init_args.weight_decay == 0.001
+
+
+# --- what was meant -------------------------------------------------------------------------------
+
+SCHEDULE = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_siz": 3}}
+TYPOS = {
+    "--trainer.max_epoch=3": "--trainer.max_epochs",
+    "--trainer.accelrator=cpu": "--trainer.accelerator",
+    "--model.init_args.final_survival=0.5": "final_survival_prob",
+    "--model.final_survival=0.5": "final_survival_prob",
+    "--model.init_args.net.init_args.dept=8": "depth",
+    "--data.init_args.batchsize=8": "batch_size",
+    "--model=LitResnet": "lightning_modules.LitResNet",
+    "--model=lightning_modules.LitResnet": "lightning_modules.LitResNet",
+    "--data=CIFAR10": "datamodules.CIFAR10DataModule or datamodules.CIFAR100DataModule",
+    "--data.help=ImageFolder": "datamodules.ImageFolderDataModule",
+    "--model.init_args.net=CifarResnet": "networks.CifarResNet",
+    "--model.init_args.optimizer=SDG": "torch.optim.SGD",
+    "--trainer.callbacks+=EarlyStoping": "pytorch_lightning.callbacks.EarlyStopping",
+    "--lr=0.1": "--model.init_args.optimizer.init_args.lr",
+    "--seed=3": "--seed_everything",
+    "--batch_size=3": "--data.init_args.batch_size",
+    "--checkpoint.selct=last": "--checkpoint.select",
+    "--model.init_args.decay=liner": "linear",
+    "--rundir=x": "--run_dir",
+    "--model.init_args.optimizer.init_args.momentun=0": "momentum",
+    "--config=experiments/quikstart.yaml": "experiments/quickstart.yaml",
+    f"--model.init_args.lr_scheduler={SCHEDULE}": "step_size",
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_a_typo_is_told_what_it_may_mean(typo: str, parse, monkeypatch) -> None:
+    monkeypatch.chdir(launch.ROOT)
+    assert_refused(parse, (typo,), f": did you mean {TYPOS[typo]}?")
+
+
+def test_a_key_that_no_class_has_is_told_with_its_file(parse, tmp_path: Path) -> None:
+    place = f"'trainer.max_epoch' (in {tmp_path}/1.yaml): did you mean trainer.max_epochs?"
+    assert_refused(parse, ("-c", "trainer:\n  max_epoch: 3\n"), place)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("trian", "fit"),
+        ("train", "fit"),
+        ("evaluat", "test"),
+        ("reprot", "report"),
+        ("export --format=onxx --run=x", "onnx"),
+        ("predict --run=x --image=y", "--images"),
+        ("report runs --ot=y", "--out"),
+    ],
+)
+def test_a_mistyped_command_is_told_what_it_may_mean(word: str, meant: str, capsys) -> None:
+    assert main(word.split()) == 2
+    assert f": did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["fit"], ["test"]])
+def test_a_command_alone_shows_how_to_begin(words: list[str], capsys) -> None:
+    assert main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("python main.py ") for line in lines) == 3
+    assert "experiments/" in lines[-3]
+    assert len(lines) < 9
+
+
+def test_a_file_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(launch.ROOT)
+    for name in ("quickstart", "experimnts/quickstart.yaml", "quikstart.yaml"):
+        assert nearest_file(Path(name)) == ": did you mean experiments/quickstart.yaml?"
+    assert nearest_file(Path("nothing/like/it")) == ""
+
+
+SHORT = """
+model: {class_path: LitStochasticDepth, init_args: {net: CifarResNet, lr_scheduler: LinearDecayLR}}
+data: DigitsDataModule
+trainer: {callbacks: [ThroughputMonitor, {class_path: EarlyStopping, init_args: {monitor: a}}]}
+wandb: {tags: [CifarResNet]}
+"""
+
+
+def test_classes_have_short_names(parse) -> None:
+    """Also where Lightning has a class of that name, which is not meant."""
+    config = parse("-c", SHORT)
+    assert config.model.class_path == "lightning_modules.LitStochasticDepth"
+    assert config.model.init_args.net.class_path == "networks.CifarResNet"
+    assert config.model.init_args.lr_scheduler.class_path == "lightning_modules.LinearDecayLR"
+    assert config.data.class_path == "datamodules.DigitsDataModule"
+    names = [each.class_path for each in config.trainer.callbacks]
+    assert names == ["callbacks.ThroughputMonitor", "pytorch_lightning.callbacks.EarlyStopping"]
+    assert config.wandb.tags == ["CifarResNet"]
+    config = parse("--data", "CIFAR10DataModule", "--trainer.callbacks+=ThroughputMonitor")
+    assert config.data.class_path == "datamodules.CIFAR10DataModule"
+    assert config.trainer.callbacks[-1].class_path == "callbacks.ThroughputMonitor"
 
 
 # --- to the end -----------------------------------------------------------------------------------

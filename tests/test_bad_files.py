@@ -23,7 +23,7 @@ from running.command_line import main
 from running.commands import profile, tour
 from running.exporting import written_together
 from running.exporting.check import images_in
-from running.folder import read_yaml
+from running.folder import RunFolder, read_yaml
 
 MAPPING_BOMB = "a: &a {x: 1}\n" + "".join(
     f"{name}: &{name} {{{', '.join(f'k{k}: *{before}' for k in range(9))}}}\n"
@@ -46,6 +46,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(60)
     monkeypatch.setattr("reports.report.png", lambda figure: b"")
+    monkeypatch.setattr("sys.argv", ["main.py"])
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -293,6 +294,34 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), written_together([tmp_path / "a/b/c.onnx"], False):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+# --- pipes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["-c", "{}"], ["--config={}"], ["--model", "{}"], ["--model.tuning.weights={}"]]
+)
+def test_a_command_waits_for_no_pipe(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    words = [word.format(tmp_path / "pipe.yaml") for word in words]
+    assert main(["fit", *words]) == 2
+    assert f"{tmp_path}/pipe.yaml is a pipe or a device: give a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lock", "last.ckpt", "finished.yaml", "attempts.yaml"])
+def test_a_run_folder_holds_no_pipe(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe or a device: remove it"):
+        RunFolder(tmp_path, "x", 0).create()
+
+
+def test_an_experiment_without_end_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.yaml").write_text(ENDLESS["bomb"])
+    assert main(["fit", "-c", str(tmp_path / "x.yaml")]) == 2
+    assert f'"{tmp_path}/x.yaml" refers to itself, or says too much' in capsys.readouterr().err
 
 
 # --- what is told ---------------------------------------------------------------------------------

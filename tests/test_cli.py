@@ -23,6 +23,7 @@ from torch.distributed import DistError
 
 from networks import CifarResNet
 from running import command_line
+from running.error_file import ErrorFile
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -109,6 +110,14 @@ BAD = {
         {"data__init_args__val_size": 0},
         "checkpoint.select is best, but nothing is validated",
     ),
+    "validated too late": (
+        {"trainer__check_val_every_n_epoch": 5},
+        "the first validation comes after 35 batches and the training ends after 7",
+    ),
+    "too few steps to validate": (
+        {"trainer__max_steps": 2, "trainer__accumulate_grad_batches": 3},
+        "the first validation comes after 7 batches and the training ends after 6: validate",
+    ),
     "logger": ({"trainer__logger": False}, "use --wandb.mode and --run_dir"),
     "seed": ({"seed_everything": -1}, "seed_everything is -1: use 0 to"),
     "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),
@@ -159,7 +168,31 @@ BAD = {
     ),
     "callback given twice": (
         {"trainer__callbacks": [{"class_path": "callbacks.ThroughputMonitor"}] * 2},
-        "Found more than one stateful callback of type `ThroughputMonitor`",
+        "trainer.callbacks has ThroughputMonitor 2 times: keep one",
+    ),
+    "finder of a rate": (
+        {"trainer__callbacks": {"class_path": "LearningRateFinder"}},
+        "try values in folders of their own",
+    ),
+    "finder of a batch": (
+        {"trainer__callbacks": {"class_path": "BatchSizeFinder"}},
+        "try values in folders of their own",
+    ),
+    "device of a CPU": (
+        {"trainer__devices": [0]},
+        "the Trainer cannot be built (TypeError: `devices` selected with `CPUAccelerator`",
+    ),
+    "schedule of schedules": (
+        {
+            "model__init_args__lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.SequentialLR",
+                "init_args": {
+                    "milestones": [1],
+                    "schedulers": [{"class_path": "torch.optim.lr_scheduler.ConstantLR"}],
+                },
+            }
+        },
+        "made of other schedules, which no YAML can nest: use lightning_modules.WarmupMultiStepLR",
     ),
     "negative gamma": (
         {
@@ -418,9 +451,9 @@ def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path: Path)
         (["fit", "-c", "experiment.yaml", "--ckpt_path", "best"], "no checkpoint runs/"),
         (["fit", "-c", "notes.txt"], "Unexpected config: no keys here"),
         (["test", "-c", "experiment.yaml", "--verbose=false"], "verbose"),
-        (["fit"], "required"),
-        (["train"], "invalid choice: 'train'"),
-        ([], "{fit,validate,test,predict}"),
+        (["fit"], "the command line names no experiment: give one by -c"),
+        (["train"], "did you mean fit?"),
+        ([], "the command line names no command: begin with one of these"),
     ],
 )
 def test_mistake_on_the_command_line(args: list[str], message: str, tmp_path: Path) -> None:
@@ -554,21 +587,65 @@ def test_exit_status_of_what_others_did(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(command_line, "ExperimentCLI", Mock(side_effect=error))
-    assert command_line.main([]) == status
+    assert command_line.main(["fit", "-c", "experiment.yaml"]) == status
     assert capsys.readouterr().err.startswith(line)
 
 
 def test_unknown_error_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "ExperimentCLI", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        command_line.main([])
+        command_line.main(["fit", "-c", "experiment.yaml"])
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake"), RuntimeError("a bug")])
+def test_a_traceback_is_kept_in_the_run_folder(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whether the fault is the user's or ours: what is told in a line may be a bug."""
+
+    def fail(args: Any, errors: ErrorFile) -> None:
+        errors.folder = tmp_path
+        raise error
+
+    monkeypatch.setattr(command_line, "ExperimentCLI", fail)
+    words = ["fit", "-c", "a.yaml", "--model.init_args.api_key=1234"]
+    for _ in range(2):
+        if isinstance(error, ValueError):
+            assert command_line.main(words) == 2
+        else:
+            with pytest.raises(RuntimeError):
+                command_line.main(words)
+    text = (tmp_path / "error.txt").read_text()
+    assert text.count("Traceback") == text.count(f"{error}\n") == 2
+    assert text.count("main.py fit -c a.yaml '--model.init_args.api_key=***'") == 2
+    assert f"{tmp_path}/error.txt shows where" in capsys.readouterr().err
+
+
+def test_what_fails_when_it_is_built_is_told_with_its_arguments(tmp_path: Path) -> None:
+    schedule = {
+        "class_path": "torch.optim.lr_scheduler.CyclicLR",
+        "init_args": {"base_lr": 0.1, "max_lr": 0.2, "step_size_up": 0},
+    }
+    experiment(tmp_path, model__init_args__lr_scheduler=schedule)
+    status, output = launch.run(COMMAND, tmp_path)
+    line = "CyclicLR(base_lr=0.1, max_lr=0.2, step_size_up=0"
+    assert_one_line(status, output, line)
+    assert "cannot be built (ZeroDivisionError: float division by zero)" in output
+    assert "run/error.txt shows where" in output
+    assert "ZeroDivisionError" in (tmp_path / "run/error.txt").read_text()
 
 
 def test_fast_dev_run_leaves_no_trace(tmp_path: Path) -> None:
     experiment(tmp_path)
-    status, output = launch.run([*COMMAND, "--trainer.fast_dev_run=true"], tmp_path)
+    (tmp_path / "temporary").mkdir()
+    environment = launch.QUIET | {"TMPDIR": str(tmp_path / "temporary")}
+    status, output = launch.run([*COMMAND, "--trainer.fast_dev_run=true"], tmp_path, environment)
     assert status == 0, output
     assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_time_limit_is_not_the_end(tmp_path: Path) -> None:
@@ -635,12 +712,14 @@ def test_requeued_job_waits_for_what_is_left_of_it(tmp_path: Path) -> None:
         process.join()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_is_no_success(number: int, status: int, tmp_path: Path) -> None:
     process = start_training(tmp_path)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == status
+    if number == signal.SIGINT:
+        assert "the same command goes on" in (tmp_path / "output.txt").read_text()
     assert not (tmp_path / "run/finished.yaml").exists()
     assert not (tmp_path / "run/operating_points.csv").exists()
 

@@ -110,5 +110,5 @@ def test_images_of_a_folder_are_erased_after_their_colours(folder: Path) -> None
 
 def test_mistakes_are_named() -> None:
     for prob in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=f"random_erasing is {prob}: give a probability from"):
+        with pytest.raises(ValueError, match=f"random_erasing is {prob}: give a number from"):
             DigitsDataModule(random_erasing=prob)

@@ -2,7 +2,9 @@
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import launch
@@ -13,6 +15,9 @@ import yaml
 from test_cli import assert_one_line, change
 
 from callbacks import ThroughputMonitor
+from lightning_modules import ImageClassifier
+from running import load_run
+from running.checkpoint_checks import check_parts, check_structure
 from running.experiment import evaluated, first_difference, renamed, trained
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
@@ -258,6 +263,105 @@ class Unknown:
 
 class Derived(ThroughputMonitor):
     """Nor what it does beside what its base does."""
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def of_adam(content: dict[str, Any]) -> None:
+    weights = [torch.zeros(2).requires_grad_()]
+    content["optimizer_states"] = [torch.optim.Adam(weights).state_dict()]
+
+
+def without(*path: str) -> Callable[[dict[str, Any]], object]:
+    def change(content: dict[str, Any]) -> None:
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        del content[last]
+
+    return change
+
+
+def group(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["optimizer_states"][0]["param_groups"][0].update(values)
+
+
+def half(content: dict[str, Any]) -> None:
+    content["state_dict"]["net.fc.bias"] = content["state_dict"]["net.fc.bias"].half()
+
+
+def other_buffers(content: dict[str, Any]) -> None:
+    state = content["optimizer_states"][0]["state"]
+    state[0], state[1] = state[1], state[0]
+
+
+CHANGED = {
+    "no callbacks": (without("callbacks"), "it holds no callbacks"),
+    "no optimizer": (without("optimizer_states"), "it holds no optimizer_states"),
+    "no place in the epoch": (without("loops", "fit_loop"), "no loops.fit_loop.epoch_progress"),
+    "no best score": (without("callbacks", "RunCheckpoint"), "no callbacks.RunCheckpoint.best"),
+    "no images per step": (without("run", "images_per_step"), "no run.images_per_step"),
+    "negative step": (lambda content: content.update(global_step=-5), "its global_step is -5"),
+    "no epoch": (lambda content: content.update(epoch="x"), "its epoch is x"),
+    "half a weight": (half, "net.fc.bias is of torch.float16 there and torch.float32 here"),
+    "two optimizers": (
+        lambda content: content["optimizer_states"].append({}),
+        "it has not as many optimizers as this training, 1",
+    ),
+    "no schedule": (
+        lambda content: content.update(lr_schedulers=[]),
+        "it has not as many schedules as this training, 1",
+    ),
+    "another schedule": (
+        lambda content: content.update(lr_schedulers=[{"T_max": 3}]),
+        "it is of another schedule than MultiStepLR",
+    ),
+    "another optimizer": (of_adam, "its groups of parameters are not those of SGD"),
+    "weight decay": (group(weight_decay=9.0), "weight_decay of SGD is 9.0 there and 0.0001 here"),
+    "initial rate": (group(initial_lr=9.0), "initial_lr of SGD is 9.0 there and"),
+    "other buffers": (other_buffers, "momentum_buffer of SGD is of shape "),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(finished: Path) -> tuple[SimpleNamespace, ImageClassifier]:
+    """What a training has that goes on from the checkpoint of a finished one."""
+    module = load_run(finished / "run", "last").module
+    optimizer = module.optimizer(module.parameters())
+    schedule = SimpleNamespace(scheduler=module.lr_scheduler(optimizer))
+    return SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[schedule]), module
+
+
+def check(content: dict[str, Any], resumed: tuple[SimpleNamespace, ImageClassifier]) -> None:
+    check_parts(content, "a.ckpt")
+    check_structure(content, *resumed, "a.ckpt")
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_changed_checkpoint_does_not_go_on(name: str, finished: Path, resumed) -> None:
+    """torch and Lightning would load what fits, and go on."""
+    edit, reason = CHANGED[name]
+    content = torch.load(finished / "run/last.ckpt", weights_only=True)
+    check(content, resumed)
+    edit(content)
+    with pytest.raises(ValueError, match="is of another training, or was changed") as caught:
+        check(content, resumed)
+    assert reason in str(caught.value)
+
+
+def test_a_checkpoint_of_nothing_to_go_on_from(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "folder")
+    content = torch.load(folder / "run/last.ckpt", weights_only=True)
+    torch.save(content["state_dict"], folder / "weights.ckpt")
+    del content["callbacks"]
+    torch.save(content, folder / "less.ckpt")
+    for name, reason in (
+        ("weights", "holds weights alone, and no state of a training: start from them by"),
+        ("less", "it holds no callbacks"),
+    ):
+        command = [*COMMAND[:3], "--run_dir", name, "--ckpt_path", f"{name}.ckpt"]
+        assert_one_line(*launch.run(command, folder), reason)
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from wandb.proto.wandb_internal_pb2 import Record
 
 import reports
+from datamodules import DigitsDataModule
 from running import tracking, wandb_logger
 from running.tracking import Tracking, describe_wandb, open_wandb
 from running.wandb_file import read_records
@@ -449,3 +450,52 @@ def test_run_outlives_wandb(warned: bool, tmp_path: Path) -> None:
     assert warned or "W&B's process has ended" in output
     checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == (4 if warned else 7)
+
+
+class Keyed(DigitsDataModule):
+    """Data of somebody's own, from where a key is needed."""
+
+    def __init__(self, api_key: str, token: str = "", num_tokens: str = ""):
+        super().__init__(batch_size=64)
+
+
+def test_nobody_reads_a_secret_in_a_run_folder(tmp_path: Path) -> None:
+    """And the run is the same experiment as before."""
+    experiment(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=None)
+    config = yaml.safe_load((tmp_path / "experiment.yaml").read_text())
+    config["data"] = {"class_path": "test_tracking.Keyed", "init_args": {"token": "hush-1"}}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(config))
+    keys = ["--data.init_args.api_key=hush-2", "--data.init_args.num_tokens=told"]
+    status, output = launch.run([*COMMAND, *keys], tmp_path)
+    assert status == 0, output
+    words = [*COMMAND, *keys, "--data.token", "hush-1", "--trainer.limit_train_batches=2"]
+    status, output = launch.run(words, tmp_path)
+    assert "limit_train_batches is 1 batches there" in output  # the only difference
+    files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert not [content for content in files if b"hush" in content]
+    for name in ("config.yaml", "attempts.yaml", "error.txt"):
+        assert "***" in (tmp_path / "run" / name).read_text()
+        assert "told" in (tmp_path / "run" / name).read_text()
+
+
+def test_nobody_reads_a_secret_in_the_files_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B notes the command by itself."""
+    monkeypatch.setattr("sys.argv", ["main.py", "--data.api_key=hush", "--data.num_tokens=told"])
+    (logger,) = open_wandb(Tracking(mode="offline"), tmp_path, "test", seed=0, config={})
+    logger.experiment.finish()
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"hush" not in content
+    assert b"told" in content
+
+
+def test_a_refused_command_is_no_run_of_wandb(tmp_path: Path) -> None:
+    environment = experiment(tmp_path, limit_val_batches=0)
+    status, output = launch.run(OFFLINE, tmp_path, environment)
+    assert "nothing is validated" in output
+    assert status == 2
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        *("error.txt", "lock", "metrics.csv")
+    }

@@ -9,6 +9,8 @@ import importlib
 from collections.abc import Sequence
 from typing import NoReturn
 
+from running.suggestions import hint
+
 LOOKING = ("runs", "report", "profile", "export", "tour")
 """By name; `predict` is one of them when it is given a run folder (`--run`) instead of a YAML."""
 
@@ -16,8 +18,14 @@ LOOKING = ("runs", "report", "profile", "export", "tour")
 class CommandParser(argparse.ArgumentParser):
     """Raises instead of printing its usage before every mistake."""
 
+    def check_options(self, args: Sequence[str]) -> None:
+        """Raises ValueError for an unknown option; argparse would first ask for what is missing."""
+        for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+            if option not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {option}")
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}: see {self.prog} --help")
+        raise ValueError(f"{message}{hint(message, self._actions, {})}: see {self.prog} --help")
 
 
 def looks(args: Sequence[str]) -> bool:
@@ -43,4 +51,5 @@ def run_command(args: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     command.add_arguments(parser)
+    parser.check_options(rest)
     command.run(parser.parse_args(rest))
