@@ -221,8 +221,6 @@ class ImageClassifier(TunedModule):
             logits: (N, num_classes).
             targets: see `mixed`.
         """
-        if targets.is_floating_point():
-            targets = targets.to(logits.dtype)
         return F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
 
     # --- training metrics -------------------------------------------------------------------------

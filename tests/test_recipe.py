@@ -217,6 +217,19 @@ def test_loss_of_a_validation_is_plain(tmp_path: Path) -> None:
     assert metrics["val/loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_shares_of_classes_are_not_rounded_by_mixed_precision() -> None:
+    module = LitResNet(Zeros(), recipe=BLEND)
+    logits = torch.randn(4, CLASSES).bfloat16()
+    shares = mix_labels(torch.tensor([3, 1, 4, 1]), Mix(0.7133, None), CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.label_loss(logits, shares)
+    smooth = shares.double() * 0.9 + 0.1 / CLASSES
+    expected = -(smooth * logits.double().log_softmax(1)).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    exact = module.label_loss(logits.double(), shares)
+    assert exact.item() == pytest.approx(expected.item(), rel=1e-7)
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
