@@ -32,7 +32,7 @@ from networks import (
     walk_whole,
 )
 from running.cli import ExperimentCLI
-from running.export_networks import narrowed
+from running.exporting.pieces import narrowed
 
 TIMES = {"ms_alone": 20, "ms_in_batch": NUM_TIMED_ROUNDS}
 """Costs that are measured times, and how many runs each is the median of: one image takes less time
