@@ -18,6 +18,7 @@ from networks import (
     early_exit_stream,
     exits_taken,
     extract,
+    load_weights,
     recalibrate,
     run_to_exit,
 )
@@ -110,6 +111,18 @@ def test_exits_change_nothing_of_the_trunk() -> None:
     net = network()
     with torch.no_grad():
         assert torch.equal(net(images(), 0.35)[-1], net.trunk(images(), 0.35))
+
+
+def test_a_trained_slimmable_network_gets_exits() -> None:
+    """Its weights and BN statistics load by their names; the exits are new."""
+    plain, net = network().trunk, SlimmableWithExits(NETWORKS["us_cifar"](), [0, 2]).eval()
+    loaded = load_weights(net, plain.state_dict())
+    assert loaded.exits == [
+        f"early_exits.{k}.{part}" for k in (0, 1) for part in ("weight", "bias")
+    ]
+    assert not loaded.unused
+    with torch.no_grad():
+        assert torch.equal(net(images(), 0.35)[-1], plain(images(), 0.35))
 
 
 # --- depth ----------------------------------------------------------------------------------------
