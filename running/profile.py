@@ -17,6 +17,7 @@ from lightning_modules import FULL, Cost, ImageClassifier, check_data
 from networks import (
     NUM_TIMED_ROUNDS,
     TIMED_BATCH_SIZE,
+    AtWidth,
     MultiExitNetwork,
     count_exit_macs,
     count_params,
@@ -32,7 +33,6 @@ from networks import (
     walk_whole,
 )
 from running.cli import ExperimentCLI
-from running.export_networks import narrowed
 
 TIMES = {"ms_alone": 20, "ms_in_batch": NUM_TIMED_ROUNDS}
 """Costs that are measured times, and how many runs each is the median of: one image takes less time
@@ -191,7 +191,8 @@ def counts_of_points(
         costs = dict(module.costs(image))
         for name, network in networks.items():
             macs = count_exit_macs(network, image).leaving[-1]
-            costs[name] = Cost(macs, count_params(narrowed(network)))
+            narrow = network.extract() if isinstance(network, AtWidth) else network
+            costs[name] = Cost(macs, count_params(narrow))
     return {
         "macs": {name: round(cost.macs) for name, cost in costs.items()},
         "params": {name: cost.params for name, cost in costs.items()},

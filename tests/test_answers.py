@@ -92,7 +92,12 @@ def by_hand(module: ImageClassifier, name: str, data: DigitsDataModule) -> tuple
     return torch.cat(logits), torch.cat(labels)
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+MANY_POINTS = pytest.param("slimmable_exits", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "method", [MANY_POINTS if m == "slimmable_exits" else m for m in methods.METHODS]
+)
 def test_every_point_of_every_method(method: str, data: DigitsDataModule, tmp_path: Path) -> None:
     module = trained_by_chance(method, data, tmp_path)
     points = {row["name"]: row for row in rows(tmp_path / "operating_points.csv")}

@@ -139,12 +139,20 @@ def test_closed_blocks_still_decay(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LitSlimmableExits, dict]:
     folder = tmp_path_factory.mktemp("run")
     module = LitSlimmableExits(
-        network(), eval_widths=[0.6], num_widths=3, final_survival_prob=0.8, calibrate_exits=True
+        network(),
+        eval_widths=[0.6],
+        num_widths=3,
+        final_survival_prob=0.8,
+        calibrate_exits=True,
+        halve_validation=True,
     )
     data = DigitsDataModule(batch_size=64)
     trainer = make_trainer(folder, limit_train_batches=20)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(folder / "last.ckpt")
+    # At the narrow width they part the images; at the other they need not.
+    scores = module.exit_states["w0.6"].outputs.scores
+    module.given_thresholds = scores[:, :-1].median(0).values.tolist()
     make_trainer(folder, callbacks=[OperatingPoints()]).test(module, datamodule=data, verbose=False)
     with (folder / "operating_points.csv").open(newline="") as file:
         points = {row["name"]: row for row in csv.DictReader(file)}
@@ -157,10 +165,11 @@ ADAPTIVE = ("lossless", "knee", "best")
 def test_points_are_pairs_of_width_and_exit(trained) -> None:
     _, module, points = trained
     narrow = ["w0.6_exit1", "w0.6_exit2", "w0.6"]
-    early = [f"w0.6_{name}" for name in ADAPTIVE] + [f"adaptive_{name}" for name in ADAPTIVE]
+    early = ["w0.6_adaptive", *(f"w0.6_{name}" for name in ADAPTIVE)]
+    early += ["adaptive", *(f"adaptive_{name}" for name in ADAPTIVE)]
     assert list(points) == [*narrow, "exit1", "exit2", "full", *early]
     assert module.eval_widths == [0.6, 1.0]
-    assert set(module.exit_thresholds) == {f"adaptive_{name}" for name in ADAPTIVE}
+    assert set(module.exit_thresholds) == {"adaptive", *(f"adaptive_{name}" for name in ADAPTIVE)}
 
 
 @pytest.mark.parametrize("width", [0.6, 1.0])
@@ -181,6 +190,7 @@ def test_every_point_is_what_the_narrow_network_does(width: float, trained) -> N
     for name, thresholds in module.thresholds_of(group).items():
         point = f"w0.6_{name.removeprefix('adaptive_')}" if group else name
         answers = early_exit(module.network_of(point), images, thresholds, "entropy")
+        assert len(answers.exit_index.unique()) == 3 or point != "w0.6_adaptive"
         right = (answers.logits.argmax(1) == labels).double().mean().item()
         assert float(points[point]["test_acc"]) == pytest.approx(right)
         mean = costs[answers.exit_index].mean().item()
@@ -200,6 +210,8 @@ def test_widths_have_thresholds_of_their_own(trained) -> None:
     fresh.on_load_checkpoint(torch.load(folder / "last.ckpt", weights_only=True))
     for group, state in module.exit_states.items():
         assert fresh.exit_states[group].found == state.found
+        tried = [row["thresholds"] for row in state.found.held_out]
+        assert tried == [*state.found.points.values(), *state.found.curve]
     narrow, wide = (module.exit_states[group].found.curve for group in ("w0.6", ""))
     assert narrow != wide
 

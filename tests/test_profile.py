@@ -26,6 +26,7 @@ from networks import (
     count_params_run,
     count_stage_macs,
     count_stage_params,
+    extract,
     kept_bytes,
     peak_bytes,
     profiling,
@@ -240,6 +241,18 @@ def test_given_thresholds_cost_what_an_image_costs_that_stays():
     leaving = count_exit_macs(module.net, seed_free(1, 1, 32, 32)).leaving
     assert rows["adaptive"].macs == leaving[-1] > rows["full"].macs
     assert rows["adaptive"].kept_bytes is None  # training leaves nobody early
+
+
+def test_given_thresholds_cost_what_the_narrow_network_does_at_a_width():
+    spec = methods.METHODS["slimmable_exits"]
+    spec = spec | {"init_args": spec["init_args"] | {"exit_thresholds": [0.3, 0.3]}}
+    module = methods.build(spec)
+    rows = {row.name: row for row in profile(module, (1, 32, 32), CPU, 2) if row.kind == "point"}
+    narrow = extract(module.net, 0.6, gates=module.survival_probs)
+    leaving = count_exit_macs(narrow, seed_free(1, 1, 32, 32)).leaving
+    assert rows["w0.6_adaptive"].macs == leaving[-1] > rows["w0.6"].macs
+    assert rows["w0.6_adaptive"].params == count_params(narrow) < rows["adaptive"].params
+    assert rows["adaptive"].params == count_params(module.net)
 
 
 # --- experiments ----------------------------------------------------------------------------------

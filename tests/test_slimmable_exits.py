@@ -18,6 +18,7 @@ from networks import (
     early_exit_stream,
     exits_taken,
     extract,
+    load_weights,
     recalibrate,
     run_to_exit,
 )
@@ -32,6 +33,7 @@ NETWORKS = {
     "us_mobilenet_v1": lambda: SlimmableMobileNetV1(10, **RANGE),
     "us_mobilenet_v2": lambda: SlimmableMobileNetV2(10, cifar_strides=True, **RANGE),
 }
+QUICK = ("us_cifar", "s_cifar", "us_mobilenet_v2")
 
 
 def images(count: int = 6, seed: int = 1) -> Tensor:
@@ -58,7 +60,9 @@ def gates_of(net: SlimmableWithExits) -> list[float] | None:
 
 @pytest.mark.parametrize("width", [0.35, 1.0])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS if n not in QUICK)]
+)
 def test_a_width_is_the_network_cut_out_at_every_exit(name: str, gated: bool, width: float) -> None:
     """Of slices (with gradients), of what is kept (without), and cut out: one result."""
     net = network(name)
@@ -112,10 +116,22 @@ def test_exits_change_nothing_of_the_trunk() -> None:
         assert torch.equal(net(images(), 0.35)[-1], net.trunk(images(), 0.35))
 
 
+def test_a_trained_slimmable_network_gets_exits() -> None:
+    """Its weights and BN statistics load by their names; the exits are new."""
+    plain, net = network().trunk, SlimmableWithExits(NETWORKS["us_cifar"](), [0, 2]).eval()
+    loaded = load_weights(net, plain.state_dict())
+    assert loaded.exits == [
+        f"early_exits.{k}.{part}" for k in (0, 1) for part in ("weight", "bias")
+    ]
+    assert not loaded.unused
+    with torch.no_grad():
+        assert torch.equal(net(images(), 0.35)[-1], plain(images(), 0.35))
+
+
 # --- depth ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["us_cifar", "s_cifar", "us_mobilenet_v2"])
+@pytest.mark.parametrize("name", QUICK)
 def test_open_gates_are_no_gates(name: str) -> None:
     """Bit for bit, gradients and BN statistics included."""
     found = []
@@ -129,7 +145,7 @@ def test_open_gates_are_no_gates(name: str) -> None:
         assert (one is None and two is None) or torch.equal(one, two)
 
 
-@pytest.mark.parametrize("name", ["us_cifar", "s_cifar", "us_mobilenet_v2"])
+@pytest.mark.parametrize("name", QUICK)
 def test_a_closed_block_is_its_shortcut_and_its_branch_is_left_alone(name: str) -> None:
     net = network(name).train()
     before = {key: value.clone() for key, value in net.named_buffers()}
@@ -191,7 +207,7 @@ def test_survival_scales_the_branch() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", ["us_cifar", "s_cifar", "us_mobilenet_v2"])
+@pytest.mark.parametrize("name", QUICK)
 def test_leaving_early_at_a_width_is_its_exit_of_the_full_pass(name: str, gated: bool) -> None:
     net = network(name)
     gates = gates_of(net) if gated else None
