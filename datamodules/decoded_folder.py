@@ -87,7 +87,9 @@ def _save(content: dict, cache: Path) -> None:
     """Writes to a file of this process first: the cache is complete or not there."""
     temporary = cache.with_name(f"{cache.name}.{platform.node()}.{os.getpid()}")
     try:
-        torch.save(content, temporary)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never where a link of that name leads
+            torch.save(content, file)
         temporary.replace(cache)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)

@@ -226,6 +226,8 @@ def _naming(place: str) -> Iterator[None]:
     """Says in errors about a YAML text where it stands."""
     try:
         yield
+    except UnicodeError as error:
+        raise ArgumentError(None, f"{place} is no text in UTF-8 ({error})") from error
     except (ArgumentError, ValueError) as error:
         if NO_FILE not in str(error):
             raise

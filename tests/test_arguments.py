@@ -333,6 +333,11 @@ def test_a_yaml_that_is_none_says_which_file(parse, tmp_path: Path) -> None:
     assert_refused(parse, ("-c", "trainer: {max_epochs: 1\n"), f'in "{tmp_path}/1.yaml", line 1')
 
 
+def test_a_yaml_of_another_encoding_says_which_file(parse, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes("a: b\n".encode("utf-16"))
+    assert_refused(parse, ("-c", str(tmp_path / "x.yaml")), f"{tmp_path}/x.yaml", "UTF-8")
+
+
 def test_numbers_are_read_as_before(parse) -> None:
     config = parse("-c", "model: {init_args: {optimizer: {init_args: {weight_decay: 1e-3}}}}\n")
     assert config.model.init_args.optimizer.init_args.weight_decay == 0.001

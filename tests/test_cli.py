@@ -118,6 +118,15 @@ BAD = {
         {"trainer__max_steps": 2, "trainer__accumulate_grad_batches": 3},
         "the first validation comes after 7 batches and the training ends after 6: validate",
     ),
+    "worker processes": (
+        {
+            "data": {
+                "class_path": "datamodules.ImageFolderDataModule",
+                "init_args": {"num_workers": 10**12},
+            }
+        },
+        "num_workers is 1000000000000, and this machine has",
+    ),
     "logger": ({"trainer__logger": False}, "use --wandb.mode and --run_dir"),
     "seed": ({"seed_everything": -1}, "seed_everything is -1: use 0 to"),
     "checkpoint period": ({"checkpoint__every_n_steps": 0}, "use 1 or more"),

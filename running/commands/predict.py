@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datamodules import ImagesToClassify, tell_unlike
 from running.loading import load_run
+from running.machine import check_workers
 from running.point import CLASSIFY_BATCH_SIZE, Point
 from running.predictions import FILE, Prediction, PredictionFile, top_classes
 
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size is {arguments.batch_size}: give 1 to {MAX_BATCH_SIZE}")
     if arguments.num_workers < 0:
         raise ValueError(f"--num_workers is {arguments.num_workers}: give 0 or more")
+    check_workers(arguments.num_workers)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     point = loaded.point(arguments.point)
