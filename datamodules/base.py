@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from numbers import Integral
+from typing import Literal, get_args, get_origin
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -20,6 +21,36 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message`, which names the mistake and its remedy."""
     if not condition:
         raise ValueError(message)
+
+
+LEAST = {"batch_size": 1, "eval_batch_size": 1, "image_size": 1}
+"""Of whole numbers; others may be 0."""
+MOST = {"seed": 2**64, "split_seed": 2**64, "image_size": 2**13, "num_workers": 2**10}
+
+
+def check_value(name: str, value: object, kind: object) -> None:
+    """Raises ValueError unless an argument has a value of its type, and a number is in its range.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        kind: int, bool or a `Literal`; of others it is only asked that they are not empty.
+    """
+    # As a folder, an unset variable of a shell would be the one in which the command runs.
+    require(value != "", f"{name} is empty: give a value, or leave it out")
+    if get_origin(kind) is Literal:
+        *others, last = get_args(kind)
+        fits, remedy = value in (*others, last), f"give {', '.join(others)} or {last}"
+    elif kind is int:
+        least, most = LEAST.get(name, 0), MOST.get(name, 2**20)
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        fits = is_whole and least <= value <= most
+        remedy = f"give a whole number from {least} to {most}"
+    elif kind is bool:
+        fits, remedy = isinstance(value, bool), "give true or false"
+    else:
+        return
+    require(fits, f"{name} is {value!r}: {remedy}")
 
 
 class EpochLoader:
@@ -99,13 +130,8 @@ class ImageDataModule(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        for name in (field.name for field in fields(self)):
-            # As a folder, an unset variable of a shell would be the one in which the command runs.
-            require(getattr(self, name) != "", f"{name} is empty: give a value, or leave it out")
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}: give at least 1")
-        require(
-            self.eval_batch_size >= 1, f"eval_batch_size is {self.eval_batch_size}: give at least 1"
-        )
+        for field in fields(self):
+            check_value(field.name, getattr(self, field.name), field.type)
         require(
             0 <= self.random_erasing <= 1,
             f"random_erasing is {self.random_erasing}: give a probability from 0 to 1",

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 import platform
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from archive import is_intact
-from datamodules.image_files import decode, list_classes, list_labelled
+from datamodules.image_files import decode, list_classes, list_labelled, readable
 
 
 def read_folder(root: Path, splits: tuple[str, ...]) -> dict:
@@ -39,7 +38,7 @@ def read_folder(root: Path, splits: tuple[str, ...]) -> dict:
     if content is not None:
         return content
 
-    content = {"class_names": class_names}
+    content = {"class_names": [readable(name) for name in class_names]}
     for split, samples in listing.items():
         paths, labels = zip(*samples, strict=True)
         content[split] = (_decode_all(paths), torch.tensor(labels))
@@ -74,13 +73,14 @@ def _decode_all(paths: Sequence[str]) -> Tensor:
 
 def _load(cache: Path, fingerprint: str) -> dict | None:
     """Returns the content of the cache, or None if it is missing, damaged or out of date."""
-    if not is_intact(cache):
+    if not cache.is_file() or not is_intact(cache):  # a pipe would be waited for
         return None
     try:
         content = torch.load(cache, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+    except Exception:  # what torch raises depends on where the file stops making sense
         return None
-    return content if content.pop("fingerprint", None) == fingerprint else None
+    is_ours = isinstance(content, dict) and content.pop("fingerprint", None) == fingerprint
+    return content if is_ours else None
 
 
 def _save(content: dict, cache: Path) -> None:

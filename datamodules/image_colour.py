@@ -64,12 +64,14 @@ class ColourTransform(nn.Module):
     def forward(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Recolours, clamping to 0..255 after every step, and normalises.
 
+        Grey images are recoloured as if they had three channels, and are made grey again.
+
         Args:
-            images: uint8 (N, 3, H, W), in any memory format.
+            images: uint8 (N, 3, H, W), or (N, 1, H, W) of grey, in any memory format.
             numbers: float32 (N, 4 + 3 * number of steps); None: normalises alone.
 
         Returns:
-            float32 (N, 3, H, W), contiguous.
+            float32 of the shape of the images, contiguous.
         """
         images = images.contiguous()
         if numbers is None:
@@ -78,10 +80,20 @@ class ColourTransform(nn.Module):
             columns = numbers[:, :, None, None, None].unbind(1)  # each (N, 1, 1, 1)
             # Flipping all and choosing asks nothing of a GPU, as finding those to flip would.
             pixels = torch.where(columns[0] > 0, images.flip(3), images).float()
+            if images.shape[1] == 1:
+                pixels = pixels.repeat(1, 3, 1, 1)
             for step in range(NUM_FIRST, len(columns), 3):
                 jitter(pixels, *columns[step : step + 3])
             pixels.add_(numbers[:, 1:NUM_FIRST, None, None]).clamp_(0, 255)
+            if images.shape[1] == 1:
+                pixels = grey_of(pixels)
         return torch.addcmul(self.shift, pixels, self.scale, out=pixels)
+
+
+def grey_of(pixels: Tensor) -> Tensor:
+    """Returns the grey (N, 1, H, W) of float32 (N, 3, H, W)."""
+    red, green, blue = pixels.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def jitter(pixels: Tensor, factor: Tensor, of_grey: Tensor, of_mean: Tensor) -> None:
@@ -91,8 +103,7 @@ def jitter(pixels: Tensor, factor: Tensor, of_grey: Tensor, of_mean: Tensor) -> 
         pixels: float32 (N, 3, H, W) in 0..255.
         factor, of_grey, of_mean: f, a and b, each (N, 1, 1, 1).
     """
-    red, green, blue = pixels.split(1, dim=1)
-    grey = (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    grey = grey_of(pixels)
     mean = grey.mean((1, 2, 3), keepdim=True)
     base = torch.addcmul(mean * of_mean, grey, of_grey)
     torch.addcmul(base, pixels, factor, out=pixels).clamp_(0, 255)

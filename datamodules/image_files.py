@@ -99,6 +99,11 @@ def _list_images(folder: Path, seen: dict[str, str]) -> list[str]:
     return [os.path.join(parent, name) for parent, name in sorted(found)]
 
 
+def readable(path: bytes | str) -> str:
+    """Returns a path for people; bytes that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith(".")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,12 +32,15 @@ from datamodules.image_files import (
     list_classes,
     list_labelled,
     opened,
+    readable,
     resized,
     to_rgb,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY_MEAN, GREY_STD = (0.459,), (0.226,)
+"""Of these, in the shares that red, green and blue have in grey."""
 UNKNOWN = -1  # label of an image to predict
 
 
@@ -50,6 +54,7 @@ class ImageFiles(Dataset):
         seed: the draws are keyed by (seed, epoch, index).
         policy: changes what was cut out; draws, too.
         erasing: how likely a box is erased.
+        grey: whether one channel comes out, as Pillow converts to it.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class ImageFiles(Dataset):
         seed: int = 0,
         policy: Policy | None = None,
         erasing: float = 0.0,
+        grey: bool = False,
     ):
         # Two arrays instead of a million Python objects, whose reference counts would make every
         # worker copy them.
@@ -71,6 +77,7 @@ class ImageFiles(Dataset):
         self.seed = seed
         self.policy = policy
         self.erasing = erasing
+        self.grey = grey
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -82,27 +89,28 @@ class ImageFiles(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         """Returns, for a key (epoch, index), an image, its label, its numbers and its box, if any.
 
-        The image is uint8 (H, W, 3), as Pillow stores it: the device puts the channels first.
+        The image is uint8 (H, W, C), as Pillow stores it: the device puts the channels first.
         """
         epoch, index = key
         with opened(os.fsdecode(self.paths[index])) as image:
+            numbers: list[Tensor] = []
+            if self.draw is not None:
+                with keyed("augmentation", self.seed, epoch, index):
+                    box, *numbers = self.draw(image)
+                    shown = resized(image, box, self.image_size)
+                    if self.policy is not None:
+                        shown = self.policy(shown)
+            else:
+                shown = to_rgb(image)
+            if self.grey:
+                shown = shown.convert("L")
             if self.draw is None:
-                return as_tensor(self.centre(to_rgb(image))), self.labels[index]
-            with keyed("augmentation", self.seed, epoch, index):
-                box, numbers = self.draw(image)
-                shown = resized(image, box, self.image_size)
-                if self.policy is not None:
-                    shown = self.policy(shown)
-        sample = as_tensor(shown), self.labels[index], numbers
-        if not self.erasing:
-            return sample
-        chance, size = generator("erasing", self.seed, epoch, index), (self.image_size,) * 2
-        return *sample, draw_boxes(1, size, self.erasing, chance)[0]
-
-
-def readable(path: bytes) -> str:
-    """Returns a path for people; bytes that are no UTF-8 are escaped."""
-    return path.decode(errors="backslashreplace")
+                shown = self.centre(shown)
+            pixels = as_tensor(shown).view(self.image_size, self.image_size, -1)
+        if self.erasing and self.draw is not None:
+            chance, size = generator("erasing", self.seed, epoch, index), (self.image_size,) * 2
+            numbers.append(draw_boxes(1, size, self.erasing, chance)[0])
+        return pixels, self.labels[index], *numbers
 
 
 def start_worker(worker: int) -> None:
@@ -115,6 +123,8 @@ def start_worker(worker: int) -> None:
 class ImageFolderDataModule(ImageDataModule):
     """A folder ``data_dir/{train,val[,test]}/<class>/<image>``; without ``test``, ``val`` tests.
 
+    With `val_size`, ``train`` alone will do for a fit without test (``test_after_fit: false``).
+
     Workers decode, crop and resize; flips, colours and ImageNet's mean and std are left to the
     device, see `datamodules.image_colour`. Lightning does not see the torch DataLoader inside, so
     it needs no ``use_distributed_sampler=False``.
@@ -126,6 +136,7 @@ class ImageFolderDataModule(ImageDataModule):
         val_size: images of ``train`` held out for validation; 0 validates on ``val``.
         split_seed: keys the images that are held out.
         num_workers: processes that decode; 0 decodes in the main process.
+        grey: convert the images to one channel, for networks that take one.
         predict_dir: images to predict, here and in folders below, with the label -1; None: those of
             the test.
         batch_size, eval_batch_size, seed, drop_last, random_erasing: see `ImageDataModule`.
@@ -139,67 +150,78 @@ class ImageFolderDataModule(ImageDataModule):
     val_size: int = 0
     split_seed: int = 0
     num_workers: int = 4
+    grey: bool = False
     predict_dir: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.image_size >= 1, f"image_size is {self.image_size}: give at least 1")
-        require(self.val_size >= 0, f"val_size is {self.val_size}: give 0 or a number of images")
-        require(
-            self.num_workers >= 0,
-            f"num_workers is {self.num_workers}: give 0 or a number of processes",
-        )
         require(
             self.augmentation != "none" or not self.random_erasing,
             f"random_erasing is {self.random_erasing} and augmentation none: give one or drop both",
         )
-        self.image_shape = (3, self.image_size, self.image_size)
+        self.image_shape = (1 if self.grey else 3, self.image_size, self.image_size)
         self._draw = training_draw(self.augmentation, self.image_size)
         self._splits: dict[Split, tuple[ImageFiles, Tensor]] = {}
 
     @cached_property
-    def class_names(self) -> list[str]:
+    def _classes(self) -> list[str]:
         return list_classes(Path(self.data_dir) / "train")
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the folders, which need not be UTF-8, for people."""
+        return [readable(name) for name in self._classes]
+
+    @property
     def num_classes(self) -> int:
-        return len(self.class_names)
+        return len(self._classes)
 
     def setup(self, stage: str) -> None:
         if not self._splits:
             self._splits = self._find_splits()
-            self.transform = ColourTransform(
-                *([255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
-            )
-        files, _ = self._splits["predict"]
-        self.predict_names = files.names()[self.rank :: self.world_size]
+            of_channels = (GREY_MEAN, GREY_STD) if self.grey else (IMAGENET_MEAN, IMAGENET_STD)
+            self.transform = ColourTransform(*([255 * x for x in each] for each in of_channels))
+        if "predict" in self._splits:
+            files, _ = self._splits["predict"]
+            self.predict_names = files.names()[self.rank :: self.world_size]
+        if "test" not in self._splits and stage == "fit":
+            rank_zero_warn(f"{self._no_images('test')}, or pass --test_after_fit=false")
         self.check_batch_size()
 
     def _find_splits(self) -> dict[Split, tuple[ImageFiles, Tensor]]:
         """Returns for every split the files and the indices of those that belong to it."""
-        root = Path(self.data_dir)
-        train = list_labelled(root / "train", self.class_names)
-        val = list_labelled(root / "val", self.class_names)
-        test = list_labelled(root / "test", self.class_names) if (root / "test").is_dir() else val
-        predict = test
-        if self.predict_dir is not None:
-            predict = [(path, UNKNOWN) for path in list_all(Path(self.predict_dir))]
+        root, size, grey = Path(self.data_dir), self.image_size, self.grey
+        train = list_labelled(root / "train", self._classes)
         require(
             self.val_size < len(train),
             f"val_size is {self.val_size} of {len(train)} training images: lower it",
         )
-        order = torch.randperm(len(train), generator=generator("split", self.split_seed))
-        size, policy = self.image_size, training_policy(self.augmentation)
-        files = ImageFiles(train, size, self._draw, self.seed, policy, self.random_erasing)
-        val_indices = order[: self.val_size] if self.val_size else torch.arange(len(val))
-        return {
-            "train": (files, order[self.val_size :]),
-            "val": (ImageFiles(train if self.val_size else val, size), val_indices),
-            "test": (ImageFiles(test, size), torch.arange(len(test))),
-            "predict": (ImageFiles(predict, size), torch.arange(len(predict))),
+        others: dict[Split, list[tuple[str, int]]] = {}
+        if not self.val_size or (root / "val").is_dir():
+            others["val"] = others["test"] = list_labelled(root / "val", self._classes)
+        if (root / "test").is_dir():
+            others["test"] = list_labelled(root / "test", self._classes)
+        if self.predict_dir is not None:
+            others["predict"] = [(path, UNKNOWN) for path in list_all(Path(self.predict_dir))]
+        elif "test" in others:
+            others["predict"] = others["test"]
+        splits: dict[Split, tuple[ImageFiles, Tensor]] = {
+            split: (ImageFiles(files, size, grey=grey), torch.arange(len(files)))
+            for split, files in others.items()
         }
+        order = torch.randperm(len(train), generator=generator("split", self.split_seed))
+        if self.val_size:
+            splits["val"] = ImageFiles(train, size, grey=grey), order[: self.val_size]
+        drawn = training_policy(self.augmentation), self.random_erasing
+        files = ImageFiles(train, size, self._draw, self.seed, *drawn, grey)
+        return {"train": (files, order[self.val_size :]), **splits}
+
+    def _no_images(self, split: Split) -> str:
+        return f"there are no images to {split}: put some in {self.data_dir}/test/<class>"
 
     def num_samples(self, split: Split) -> int:
+        if split not in self._splits:
+            raise FileNotFoundError(self._no_images(split))
         return len(self._splits[split][1])
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         data_dir: holds ``train/<class>`` and ``val/<class>``.
         val_size: MSDNet holds out 50,000 training images to find its thresholds.
         image_size, augmentation, batch_size, eval_batch_size, split_seed, seed, num_workers,
-            predict_dir, drop_last, random_erasing: see `ImageFolderDataModule`.
+            grey, predict_dir, drop_last, random_erasing: see `ImageFolderDataModule`.
     """
 
     data_dir: str = field(default="data/imagenet", kw_only=False)

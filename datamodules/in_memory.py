@@ -6,7 +6,7 @@ batch is chosen, cropped, flipped and normalised without a word from the host.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,16 +74,6 @@ class InMemoryDataModule(ImageDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = get_args(Normalization)
-        require(self.val_size >= 0, f"val_size is {self.val_size}: give 0 or a number of images")
-        require(
-            self.normalization in choices,
-            f"normalization is {self.normalization!r}: give one of {', '.join(choices)}",
-        )
-        require(
-            self.crop_padding >= 0,
-            f"crop_padding is {self.crop_padding}: give 0 or a number of pixels",
-        )
         self._loaded = False
         self._placed: dict[torch.device, Pools] = {}
 
@@ -154,6 +144,11 @@ class InMemoryDataModule(ImageDataModule):
         require(
             len(images) == len(labels) > 0,
             f"{name} have {len(images)} images and {len(labels)} labels: get the files again",
+        )
+        require(
+            images.dtype == torch.uint8 and labels.dtype == torch.int64,
+            f"{name} are images of {images.dtype} with labels of {labels.dtype}, not of uint8 and "
+            "int64: convert them",
         )
         require(
             images.shape[1:] == self.image_shape and labels.ndim == 1,

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from chance import generator
-from datamodules.image_files import list_all, opened
-from datamodules.image_folder import readable, start_worker
+from datamodules.image_files import list_all, opened, readable
+from datamodules.image_folder import start_worker
 from datamodules.image_format import ImageFormat
 
 

@@ -16,6 +16,8 @@ from lightning_modules.base import Batch, ImageClassifier
 class LitDenseNet(ImageClassifier):
     """Trains a DenseNet by cross-entropy."""
 
+    takes_logits = True
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = self.mixed(batch, batch_idx)
         logits = self.trained_net(images)

@@ -1,9 +1,38 @@
-"""Whether data and checkpoints fit a network."""
+"""Whether methods, data and checkpoints fit a network."""
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor, nn
+
+from networks import MultiExitNetwork, ResidualNetwork, SlimmableNetwork, on_meta
+
+
+def check_network(net: nn.Module, method: type) -> None:
+    """Raises ValueError if a method does not train such a network; names one that does.
+
+    Args:
+        net: the network.
+        method: a LightningModule. What it trains is the type of its argument `net`; one that takes
+            plain logits says so by an attribute `takes_logits`.
+    """
+    needed = get_type_hints(method.__init__).get("net", nn.Module)
+    others = (MultiExitNetwork, SlimmableNetwork) if getattr(method, "takes_logits", False) else ()
+    if isinstance(net, needed) and not isinstance(net, others):
+        return
+    fitting = "LitResNet"
+    if isinstance(net, MultiExitNetwork):
+        fitting = "LitBranchyNet or LitMSDNet"
+    elif isinstance(net, SlimmableNetwork):
+        fitting = "LitSlimmable" if net.width_mults else "LitUniversallySlimmable"
+    elif isinstance(net, ResidualNetwork):
+        fitting = "LitResNet or LitStochasticDepth"
+    raise ValueError(
+        f"{method.__name__} does not train a {type(net).__name__}: give another network, or use "
+        f"{fitting}"
+    )
 
 
 def check_data(
@@ -16,9 +45,13 @@ def check_data(
         num_classes: of the data.
         image_shape: (C, H, W) of the data.
     """
-    if num_classes is not None and num_classes != net.num_classes:
+    name = type(net).__name__
+    known = getattr(net, "num_classes", None)
+    if known is None:
+        raise ValueError(f"{name} has no num_classes: give it that attribute, or another network")
+    if num_classes is not None and num_classes != known:
         raise ValueError(
-            f"the network has {net.num_classes} classes and the data {num_classes}: "
+            f"the network has {known} classes and the data {num_classes}: "
             f"set the network's num_classes to {num_classes}"
         )
     if image_shape is None:
@@ -26,9 +59,12 @@ def check_data(
     channels, height, width = image_shape
     first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
+        remedy = (
+            ", or an image folder's grey to true" if (first.in_channels, channels) == (1, 3) else ""
+        )
         raise ValueError(
             f"the network takes {first.in_channels} channels and the images have {channels}: "
-            f"set the network's in_channels to {channels}"
+            f"set the network's in_channels to {channels}{remedy}"
         )
     size = getattr(net, "image_size", None)
     if size and (height, width) != (size, size):
@@ -36,6 +72,26 @@ def check_data(
             f"the network takes images of {size} x {size} pixels and the data has {height} x "
             f"{width}: set the network's image_size"
         )
+    try:
+        try_out(net, image_shape)
+    except Exception as error:  # whatever a network makes of a size
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} does not run on images of {channels} x {height} x {width}: {reason}"
+        ) from error
+
+
+def try_out(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Runs a copy of a network on two images, without numbers if it can do without.
+
+    Raises:
+        Exception: whatever the network raises of such images.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            on_meta(net, training=True)(torch.empty(2, *image_shape, device="meta"))
+        except Exception:  # its own, or since it asks for numbers
+            copy.deepcopy(net).cpu().train()(torch.zeros(2, *image_shape))
 
 
 def check_same_network(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:

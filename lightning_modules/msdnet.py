@@ -28,6 +28,7 @@ from networks import (
     MultiExitNetwork,
     Staged,
     check_budget,
+    check_numbers,
     count_exit_macs,
     geometric_fractions,
     run_all_exits,
@@ -94,6 +95,9 @@ class LitMSDNet(MultiExitClassifier):
         )
         if sum(value is not None for value in (budget_macs, budget_ms, exit_thresholds)) > 1:
             raise ValueError("give one of budget_macs, budget_ms and exit_thresholds")
+        for name, budget in (("budget_macs", budget_macs), ("budget_ms", budget_ms)):
+            if budget is not None:
+                check_numbers("(0, inf)", **{name: budget})
         self.budget_macs = budget_macs
         self.budget_ms = budget_ms
 

@@ -29,6 +29,7 @@ from networks import (
     ExitStream,
     MultiExitNetwork,
     check_criterion,
+    check_numbers,
     check_thresholds,
     early_exit,
     join_answers,
@@ -107,11 +108,8 @@ class MultiExitClassifier(ExitPoints):
         check_criterion(exit_criterion)
         if exit_thresholds is not None and net.num_exits > 1:
             check_thresholds(exit_thresholds, net.num_exits, exit_criterion)
-        if max_accuracy_drop is not None and not 0 <= max_accuracy_drop < 1:
-            raise ValueError(
-                f"max_accuracy_drop is {max_accuracy_drop}: give a share from 0 to below 1 (0.01 "
-                "is one image of 100)"
-            )
+        if max_accuracy_drop is not None:
+            check_numbers("[0, 1)", max_accuracy_drop=max_accuracy_drop)
         self.calibrate_exits = calibrate_exits
         self.max_accuracy_drop = max_accuracy_drop
         self.halve_validation = halve_validation

@@ -15,6 +15,8 @@ from lightning_modules.base import Batch, ImageClassifier
 class LitResNet(ImageClassifier):
     """Trains a network of constant depth (any network from images to logits) by cross-entropy."""
 
+    takes_logits = True
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = self.mixed(batch, batch_idx)
         logits = self.trained_net(images)

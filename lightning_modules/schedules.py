@@ -1,7 +1,7 @@
 """Learning rate schedules that torch does not have, and what a schedule must be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -122,6 +122,25 @@ class WarmupCosineLR(FittedLR):
         return (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
+def make(name: str, factory: Callable[[Any], Any], given: Any) -> Any:
+    """Returns what a factory of the user's makes of parameters, or of an optimizer.
+
+    Raises:
+        ValueError: its arguments are wrong.
+    """
+    try:
+        made = factory(given)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be made: {reason}: correct its arguments") from error
+    for argument, value in getattr(made, "defaults", {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{argument} of {type(made).__name__} is {value}: give a finite number"
+            )
+    return made
+
+
 def check_schedule(scheduler: Any, training_length: float | None, interval: Interval) -> None:
     """Gives a schedule the length of the training, and warns of one that has another length.
 
@@ -176,14 +195,15 @@ def _check_arguments(scheduler: Any, name: str) -> None:
     gamma, milestones = getattr(scheduler, "gamma", 1.0), getattr(scheduler, "milestones", ())
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma of {name} is {gamma}: give a number above 0")
-    if any(milestone < 0 for milestone in milestones):
+    if not all(0 <= milestone < math.inf for milestone in milestones):
         raise ValueError(f"milestones of {name} are {list(milestones)}: give none below 0")
     for argument, least in LEAST.items():
         value = getattr(scheduler, argument, least)
-        if value < least:
+        if not least <= value < math.inf:
             raise ValueError(f"{argument} of {name} is {value}: give {least} or more")
-    if any(rate < 0 for rate in [*scheduler.base_lrs, *getattr(scheduler, "max_lrs", ())]):
-        raise ValueError(f"{name} has a rate below 0: give none")
+    rates = [*scheduler.base_lrs, *getattr(scheduler, "max_lrs", ()), *scheduler.get_last_lr()]
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise ValueError(f"{name} has a rate below 0, or none that is finite: give others")
 
 
 def _last_change(scheduler: LRScheduler) -> tuple[int | None, bool]:

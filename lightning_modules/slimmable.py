@@ -29,6 +29,7 @@ from lightning_modules.base import (
     Tuning,
     sgd,
 )
+from lightning_modules.fitting import check_network
 from lightning_modules.metrics import FULL
 from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.sandwich import SandwichTraining, draw_widths
@@ -38,12 +39,16 @@ from networks import (
     SwitchableBatchNorm2d,
     WidthMult,
     check_choice,
+    check_counts,
     count_macs,
     count_params,
     extract,
 )
 
 WidthRule = Literal["sandwich", "random"]
+
+MAX_WIDTHS = 1000
+"""Per step: a step runs the network as often."""
 
 
 class SlimmableClassifier(SandwichTraining):
@@ -125,6 +130,7 @@ class LitSlimmable(SlimmableClassifier):
         tuning: Tuning = PLAIN,
         recipe: Recipe = NONE,
     ):
+        check_network(net, type(self))
         if net.width_mults is None:
             raise ValueError(
                 "LitSlimmable needs the network's width_mults: set them, or use "
@@ -200,14 +206,14 @@ class LitUniversallySlimmable(SlimmableClassifier):
         tuning: Tuning = PLAIN,
         recipe: Recipe = NONE,
     ):
+        check_network(net, type(self))
         if net.width_mult_range is None:
             raise ValueError(
                 "LitUniversallySlimmable needs the network's width_mult_range: set it, or use "
                 "LitSlimmable"
             )
         check_choice("width_rule", width_rule, WidthRule)
-        if num_widths < 2:
-            raise ValueError(f"num_widths is {num_widths}: give 2 or more, widest and narrowest")
+        check_counts(2, MAX_WIDTHS, num_widths=num_widths)
         if inplace_distill and width_rule == "random":
             raise ValueError(
                 "inplace_distill needs the widest width in every step: set width_rule to sandwich, "

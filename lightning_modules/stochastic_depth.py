@@ -40,7 +40,7 @@ from lightning_modules.base import (
 from lightning_modules.metrics import FULL
 from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
-from networks import ResidualNetwork, check_choice
+from networks import ResidualNetwork, check_choice, check_numbers
 
 Decay = Literal["linear", "uniform", "drop_path"]
 Mode = Literal["batch", "row"]
@@ -58,8 +58,7 @@ def survival_probabilities(
         ValueError: `final_survival_prob` is outside (0, 1], or an unknown decay.
     """
     check_choice("decay", decay, Decay)
-    if not 0 < final_survival_prob <= 1:
-        raise ValueError(f"final_survival_prob {final_survival_prob} is outside (0, 1]")
+    check_numbers("(0, 1]", final_survival_prob=final_survival_prob)
     if decay == "uniform":
         return [final_survival_prob] * num_blocks
     if decay == "drop_path":

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules.schedules import Interval, check_schedule
+from lightning_modules.fitting import check_network
+from lightning_modules.schedules import Interval, check_schedule, make
 from lightning_modules.tuning import (
     PLAIN,
     Tuning,
@@ -52,6 +53,7 @@ class TunedModule(pl.LightningModule):
         tuning: Tuning = PLAIN,
     ):
         super().__init__()
+        check_network(net, type(self))
         check_choice("lr_interval", lr_interval, Interval)
         self.net = net
         self.optimizer = optimizer
@@ -133,11 +135,11 @@ class TunedModule(pl.LightningModule):
         return parameter_groups(self.net, self.tuning.lr_factors or {}, spared)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.optimized_parameters())
+        optimizer = make("optimizer", self.optimizer, self.optimized_parameters())
         factors = scale_rates(optimizer)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        scheduler = make("lr_scheduler", self.lr_scheduler, optimizer)
         check_schedule(scheduler, self.training_length, self.lr_interval)
         check_ratios(scheduler, factors)
         return {

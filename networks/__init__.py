@@ -3,7 +3,7 @@
 from networks.branchynet import BranchyAlexNet, BranchyLeNet, BranchyResNet, ResNetWithExits
 from networks.captured import Capture, CapturedInference, Recorder, check_capture
 from networks.captured_network import CapturedNetwork
-from networks.choices import check_choice
+from networks.choices import check_choice, check_counts, check_numbers
 from networks.convnext import ConvNeXt
 from networks.cost import (
     NUM_TIMED_ROUNDS,
@@ -15,7 +15,7 @@ from networks.cost import (
     time_points,
     wait_for,
 )
-from networks.cutting import places_to_cut
+from networks.cutting import on_meta, places_to_cut
 from networks.densenet import CifarDenseNet, DenseNet
 from networks.early_exit import (
     Answers,
@@ -130,7 +130,9 @@ __all__ = [
     "check_budget",
     "check_capture",
     "check_choice",
+    "check_counts",
     "check_criterion",
+    "check_numbers",
     "check_thresholds",
     "confidence",
     "count_exit_macs",
@@ -152,6 +154,7 @@ __all__ = [
     "kept_bytes",
     "load_weights",
     "median_seconds",
+    "on_meta",
     "peak_bytes",
     "places_to_cut",
     "recalibrate",

@@ -18,19 +18,23 @@ Differences from the released code:
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from reprlib import repr as shown
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.choices import check_choice
+from networks.choices import check_choice, check_counts
 from networks.early_exit import MultiExitNetwork, Staged, run_all_exits
 from networks.initialization import draw_weights
 from networks.residual_blocks import BasicBlock, Gate
 from networks.resnet import CifarResNet, Gates, ResidualNetwork, ResNet
 
 Taps = Literal["released", "paper"]
+
+MAX_SIZE = 2048
+"""Side of images of which a linear layer reads every pixel."""
 
 
 def draw_as_chainer(network: nn.Module, nonlinearity: Literal["linear", "relu"] = "linear") -> None:
@@ -97,6 +101,8 @@ class BranchyLeNet(MultiExitNetwork):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28):
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_counts(1, MAX_SIZE, image_size=image_size)
         self.num_classes = num_classes
         self.image_size = image_size
         branch_size = pooled(image_size + 2, 2, 2)
@@ -148,8 +154,8 @@ class BranchyAlexNet(MultiExitNetwork):
     ):
         super().__init__()
         check_choice("taps", taps, Taps)
-        if image_size < 16:
-            raise ValueError(f"image_size {image_size} is too small: use 16 or more")
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_counts(16, MAX_SIZE, image_size=image_size)
         self.num_classes = num_classes
         self.image_size = image_size
         conv1 = nn.Conv2d(in_channels, 32, 5, padding=2)
@@ -206,11 +212,12 @@ class ResNetWithExits(MultiExitNetwork):
         early_exits: Sequence[nn.Module] | None = None,
     ):
         super().__init__()
+        check_counts(0, exits_after=exits_after)
         bounds = [-1, *exits_after, trunk.num_blocks]
         if not exits_after or any(b <= a for a, b in itertools.pairwise(bounds)):
             raise ValueError(
-                f"exits_after {list(exits_after)} does not fit {trunk.num_blocks} blocks: give "
-                f"rising numbers from 0 to {trunk.num_blocks - 1}"
+                f"exits_after is {shown(list(exits_after))}: give rising numbers from 0 to "
+                f"{trunk.num_blocks - 1}, blocks of the trunk"
             )
         if early_exits is None:
             early_exits = [pooling_exit(trunk, num_blocks) for num_blocks in exits_after]
@@ -319,6 +326,8 @@ class BranchyResNet(ResNetWithExits):
         taps: Taps = "released",
     ):
         check_choice("taps", taps, Taps)
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_counts(23, MAX_SIZE, image_size=image_size)
         size = image_size - 2
         branch1 = nn.Sequential(
             *(nn.Conv2d(16, 64, 5, padding=2), relu(), LocalResponseNorm()),
@@ -371,8 +380,6 @@ class UnpaddedCifarResNet(CifarResNet):
         super().__init__(depth, num_classes, "A-prepend", in_channels=in_channels, conv_bias=True)
         self.conv1.padding = (0, 0)
         size = pooled(image_size - 2, 2, 2) - 5
-        if size < 1:
-            raise ValueError(f"image_size {image_size} is too small: use 23 or more")
         self.fc = nn.Linear(64 * size**2, num_classes)
 
     def head(self, x: Tensor) -> Tensor:

@@ -21,16 +21,20 @@ Differences from torchvision's network:
 
 import itertools
 from collections.abc import Sequence
+from reprlib import repr as shown
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.choices import MANY_LAYERS, check_counts, check_numbers
 from networks.residual_branches import Branch
 from networks.resnet import ResidualNetwork
 
 EPS = 1e-6
 """Of the LayerNorms."""
+MAX_STAGES = 16
+"""Images of 2^16 pixels are one pixel then."""
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -98,10 +102,14 @@ class ConvNeXt(ResidualNetwork):
         layer_scale: float = 1e-6,
     ):
         super().__init__()
-        if len(depths) != len(channels) or min(depths, default=0) < 1:
+        check_counts(most=MANY_LAYERS, depths=depths)
+        check_counts(channels=channels, patch_size=patch_size)
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_numbers("(-inf, inf)", layer_scale=layer_scale)
+        if not 1 <= len(depths) <= MAX_STAGES or len(depths) != len(channels):
             raise ValueError(
-                f"depths {list(depths)} do not fit channels {list(channels)}: give each stage a "
-                "number of blocks, 1 at least, and one of channels"
+                f"depths is {shown(list(depths))} and channels {shown(list(channels))}: give each "
+                f"stage a number of blocks and one of channels, to {MAX_STAGES} stages at most"
             )
         self.num_classes = num_classes
         self.smallest_size = patch_size * 2 ** (len(depths) - 1)

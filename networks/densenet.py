@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.bypass import has_hooks
+from networks.choices import check_choice, check_counts, check_numbers, layers_of
 from networks.initialization import draw_weights
 from networks.recomputation import (
     Unit,
@@ -150,6 +151,8 @@ class DenselyConnectedNetwork(nn.Module):
         memory_efficient: bool,
     ):
         super().__init__()
+        check_counts(num_classes=num_classes)
+        check_numbers("[0, 1)", drop_rate=drop_rate)
         self.num_classes = num_classes
         self.memory_efficient = memory_efficient
         self.features = nn.ModuleDict(stem)
@@ -157,6 +160,11 @@ class DenselyConnectedNetwork(nn.Module):
         for number, num_layers in enumerate(layers_per_block, start=1):
             if number > 1:
                 out_channels = int(compression * channels)
+                if out_channels < 1:
+                    raise ValueError(
+                        f"compression is {compression}: give more, as of {channels} channels none "
+                        "is left"
+                    )
                 transition = Transition(channels, out_channels, drop_rate)
                 self.features[f"transition{number - 1}"] = transition
                 channels = out_channels
@@ -213,14 +221,10 @@ class CifarDenseNet(DenselyConnectedNetwork):
         in_channels: int = 3,
         memory_efficient: bool = False,
     ):
-        num_layers, remainder = divmod(depth - 4, 6 if bottleneck else 3)
-        if remainder or num_layers < 1:
-            formula, examples = ("6n+4", "100, 190, 250") if bottleneck else ("3n+4", "40, 100")
-            raise ValueError(f"depth {depth} is not {formula}: choose one such as {examples}")
-        if not 0 < compression <= 1:
-            raise ValueError(f"compression {compression} is not in (0, 1]: 1 keeps all channels")
-        if growth_rate < 1:
-            raise ValueError(f"growth_rate {growth_rate} is too small: use 1 or more")
+        depths = (6, 4, (100, 190, 250)) if bottleneck else (3, 4, (40, 100))
+        num_layers = layers_of(depth, *depths)
+        check_numbers("(0, 1]", compression=compression)
+        check_counts(growth_rate=growth_rate, in_channels=in_channels)
         channels = 2 * growth_rate if bottleneck and compression < 1 else 16
         super().__init__(
             stem={"conv0": conv(in_channels, channels, 3)},
@@ -267,10 +271,8 @@ class DenseNet(DenselyConnectedNetwork):
         drop_rate: float = 0.0,
         memory_efficient: bool = False,
     ):
-        if depth not in self.LAYERS_PER_BLOCK:
-            raise ValueError(
-                f"depth {depth} is not one of {', '.join(map(str, self.LAYERS_PER_BLOCK))}"
-            )
+        check_choice("depth", depth, self.LAYERS_PER_BLOCK)
+        check_counts(in_channels=in_channels)
         growth_rate = 48 if depth == 161 else 32
         conv0 = nn.Conv2d(in_channels, 2 * growth_rate, 7, stride=2, padding=3, bias=False)
         super().__init__(

@@ -36,13 +36,16 @@ import torch
 from torch import Tensor, nn
 
 from networks.bypass import ConvLayer, count_batch
-from networks.choices import check_choice
+from networks.choices import MANY_LAYERS, check_choice, check_counts, check_numbers
 from networks.early_exit import MultiExitNetwork
 from networks.initialization import draw_weights
 
 StepMode = Literal["even", "lin_grow"]
 Prune = Literal["max", "min"]
 Variant = Literal["cifar", "imagenet"]
+
+MAX_SCALES = 16
+"""Images of 2^16 pixels are one pixel then."""
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, size: int, stride: int = 1) -> ConvLayer:
@@ -231,26 +234,16 @@ def make_plans(counts: Sequence[int], depths: Sequence[int], lazy: bool) -> list
 # --- the network ----------------------------------------------------------------------------------
 
 
-def require_positive(numbers: dict[str, int]) -> None:
-    """Raises ValueError if a number is below 1."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} {number} is too small: use 1 or more")
-
-
 def require_factors(
     growth_rate: int, growth_factors: Sequence[int], bottleneck_factors: Sequence[int]
 ) -> None:
     """Raises ValueError unless each scale has its factors and a growth that can be halved."""
-    if not growth_factors or len(growth_factors) != len(bottleneck_factors):
+    check_counts(growth_factors=growth_factors, bottleneck_factors=bottleneck_factors)
+    num_scales = len(growth_factors)
+    if not 1 <= num_scales <= MAX_SCALES or num_scales != len(bottleneck_factors):
         raise ValueError(
-            f"{len(growth_factors)} growth factors and {len(bottleneck_factors)} bottleneck "
-            "factors: give one of each per scale"
-        )
-    if min(*growth_factors, *bottleneck_factors) < 1:
-        raise ValueError(
-            f"growth factors {list(growth_factors)} and bottleneck factors "
-            f"{list(bottleneck_factors)}: use 1 or more"
+            f"{num_scales} growth factors and {len(bottleneck_factors)} bottleneck factors: give "
+            f"one of each per scale, of which there may be {MAX_SCALES}"
         )
     for factor in growth_factors[1:]:
         if growth_rate * factor % 2:
@@ -262,6 +255,7 @@ def require_factors(
 
 def require_layers(num_layers: int, num_scales: int, prune: Prune) -> None:
     """Raises ValueError unless the layers drop the scales one by one; names a number that does."""
+    check_counts(most=MANY_LAYERS, number_of_layers=num_layers)
 
     def fits(number: int) -> bool:
         counts = count_scales(number, num_scales, prune)
@@ -332,11 +326,11 @@ class MSDNet(MultiExitNetwork):
     ):
         super().__init__()
         check_choice("variant", variant, Variant)
-        numbers = {"num_blocks": num_blocks, "base": base, "step": step}
-        require_positive({**numbers, "num_channels": num_channels, "growth_rate": growth_rate})
+        check_counts(most=MANY_LAYERS, num_blocks=num_blocks, base=base, step=step)
+        check_counts(num_channels=num_channels, growth_rate=growth_rate)
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         require_factors(growth_rate, growth_factors, bottleneck_factors)
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} is not in (0, 1]: 1 keeps all channels")
+        check_numbers("(0, 1]", reduction=reduction)
         self.num_classes = num_classes
         self.depths = find_depths(num_blocks, base, step, step_mode)
         require_layers(self.depths[-1], len(growth_factors), prune)

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.choices import check_choice, check_counts, layers_of
 from networks.initialization import draw_weights
 from networks.residual_blocks import (
     BasicBlock,
@@ -194,11 +195,9 @@ class CifarResNet(ResidualNetwork):
         stride_in_1x1: bool = False,
     ):
         super().__init__()
-        convs_per_block = 3 if bottleneck else 2
-        blocks_per_layer, remainder = divmod(depth - 2, 3 * convs_per_block)
-        if remainder or blocks_per_layer < 1:
-            formula, examples = ("9n+2", "29, 164, 1001") if bottleneck else ("6n+2", "20, 56, 110")
-            raise ValueError(f"depth {depth} is not {formula}: choose one such as {examples}")
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        depths = (9, 2, (29, 164, 1001)) if bottleneck else (6, 2, (20, 56, 110))
+        blocks_per_layer = layers_of(depth, *depths)
         if plain and preactivation:
             raise ValueError("plain networks are post-activation: drop plain or preactivation")
         if stride_in_1x1 and not bottleneck:
@@ -268,10 +267,8 @@ class ResNet(ResidualNetwork):
         stride_in_1x1: bool = False,
     ):
         super().__init__()
-        if depth not in self.BLOCKS_PER_LAYER:
-            raise ValueError(
-                f"depth {depth} is not one of {', '.join(map(str, self.BLOCKS_PER_LAYER))}"
-            )
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_choice("depth", depth, self.BLOCKS_PER_LAYER)
         bottleneck = depth >= 50
         if stride_in_1x1 and not bottleneck:
             raise ValueError(

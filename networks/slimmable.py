@@ -25,11 +25,13 @@ Differences from the released code:
 
 from collections.abc import Sequence
 from functools import partial
+from reprlib import repr as shown
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from networks.choices import check_counts, check_numbers
 from networks.initialization import draw_weights
 from networks.narrow import gather
 from networks.slimmable_base import BlockGates, Slimmable
@@ -96,20 +98,16 @@ class SlimmableNetwork(Slimmable):
             raise ValueError(
                 "give either width_mults (Slimmable) or width_mult_range (Universally Slimmable)"
             )
-        widths = width_mult_range if width_mults is None else width_mults
-        if len(widths) == 0 or not all(0 < width <= 1 for width in widths):
-            raise ValueError(f"widths {list(widths)}: give numbers above 0, up to 1")
-        if width_mults is not None and len(set(map(name_of, widths))) < len(widths):
-            raise ValueError(f"width_mults {list(widths)} hold one twice: give each once")
-        if width_mults is None and len(width_mult_range) != 2:
-            raise ValueError(f"width_mult_range {list(widths)}: give narrowest and widest width")
-        if width_mults is None and not widths[0] < widths[1]:
+        check_counts(num_classes=num_classes, in_channels=in_channels, divisor=divisor)
+        name = "width_mult_range" if width_mults is None else "width_mults"
+        widths = list(width_mult_range if width_mults is None else width_mults)
+        check_numbers("(0, 1]", **{name: widths})
+        if width_mults is not None and not 0 < len(set(map(name_of, widths))) == len(widths):
+            raise ValueError(f"width_mults is {shown(widths)}: give one or more, each once")
+        if width_mults is None and not (len(widths) == 2 and widths[0] < widths[1]):
             raise ValueError(
-                f"width_mult_range {list(widths)} is empty: give the narrowest width, "
-                "then the widest"
+                f"width_mult_range is {shown(widths)}: give the narrowest width, then the widest"
             )
-        if divisor < 1:
-            raise ValueError(f"divisor {divisor}: give 1 or more")
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.width_mults = None if width_mults is None else tuple(width_mults)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from networks.choices import check_choice, layers_of
 from networks.slimmable import SlimmableNetwork
 from networks.slimmable_units import Channels, SlimmablePool, SlimmableResidual
 
@@ -42,9 +43,7 @@ class SlimmableResNet(SlimmableNetwork):
         divisor: int = 8,
     ):
         super().__init__(num_classes, in_channels, width_mults, width_mult_range, divisor)
-        if depth not in self.BLOCKS_PER_STAGE:
-            known = ", ".join(map(str, self.BLOCKS_PER_STAGE))
-            raise ValueError(f"depth {depth} is not one of {known}")
+        check_choice("depth", depth, self.BLOCKS_PER_STAGE)
         x = self._group(64)
         self.units.append(self._layer(Channels(in_channels), x, 7, 2))
         self.units.append(SlimmablePool(nn.MaxPool2d(3, stride=2, padding=1)))
@@ -89,9 +88,7 @@ class SlimmableCifarResNet(SlimmableNetwork):
         divisor: int = 4,
     ):
         super().__init__(num_classes, in_channels, width_mults, width_mult_range, divisor)
-        num_blocks, remainder = divmod(depth - 2, 6)
-        if remainder or num_blocks < 1:
-            raise ValueError(f"depth {depth} is not 6n+2: choose one such as 20, 56, 110")
+        num_blocks = layers_of(depth, 6, 2, (20, 56, 110))
         x = self._group(16)
         self.units.append(self._layer(Channels(in_channels), x, 3))
         for number, channels in enumerate((16, 32, 64)):

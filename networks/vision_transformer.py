@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.choices import MANY_LAYERS, check_counts, check_numbers
 from networks.residual_branches import Branch
 from networks.resnet import ResidualNetwork
 
@@ -153,6 +154,11 @@ class VisionTransformer(ResidualNetwork):
         dropout: float = 0.0,
     ):
         super().__init__()
+        check_counts(image_size=image_size, patch_size=patch_size, num_heads=num_heads)
+        check_counts(hidden_dim=hidden_dim, mlp_dim=mlp_dim)
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        check_counts(most=MANY_LAYERS, num_layers=num_layers)
+        check_numbers("[0, 1)", dropout=dropout)
         if image_size % patch_size:
             raise ValueError(
                 f"image_size {image_size} is no multiple of patch_size {patch_size}: choose a "

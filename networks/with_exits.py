@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from networks.choices import check_counts
 from networks.cutting import Cut, on_meta
 from networks.early_exit import MultiExitNetwork, State
 from networks.exit_heads import default_exit
@@ -59,6 +60,8 @@ class WithExits(MultiExitNetwork):
         image_size: int | None = None,
     ):
         super().__init__()
+        if image_size is not None:
+            check_counts(image_size=image_size)
         own_size = size_of(network)
         size = image_size or own_size or USUAL_SIZE
         cut = Cut(network, after)

@@ -488,9 +488,9 @@ def test_sizes_classes_and_channels_are_free(build, taps):
 @pytest.mark.parametrize(("build", "too_small"), [(BranchyAlexNet, 15), (BranchyResNet, 22)])
 def test_the_smallest_image_is_the_one_the_message_names(build, too_small, taps):
     depth = {"depth": 8} if build is BranchyResNet else {}
-    with pytest.raises(ValueError, match=f"image_size {too_small} is too small") as error:
+    with pytest.raises(ValueError, match=f"image_size is {too_small}: give") as error:
         build(image_size=too_small, taps=taps, **depth)
-    smallest = int(re.search(r"use (\d+) or more", str(error.value))[1])
+    smallest = int(re.search(r"from (\d+) to", str(error.value))[1])
     logits = build(image_size=smallest, taps=taps, **depth)(torch.randn(2, 3, smallest, smallest))
     assert [tuple(each.shape) for each in logits] == [(2, 10)] * 3
     assert smallest == too_small + 1
@@ -688,11 +688,11 @@ def test_a_branch_inside_a_block_excludes_gates(gates):
 @pytest.mark.parametrize(
     ("exits_after", "early_exits", "message"),
     [
-        ([], None, r"exits_after \[\] does not fit 6 blocks: give rising numbers from 0 to 5"),
-        ([6], None, r"\[6\] does not fit 6 blocks"),
-        ([-1, 2], None, r"\[-1, 2\] does not fit"),
-        ([2, 2], None, r"\[2, 2\] does not fit"),
-        ([3, 1], None, r"\[3, 1\] does not fit"),
+        ([], None, r"exits_after is \[\]: give rising numbers from 0 to 5"),
+        ([6], None, r"exits_after is \[6\]: give rising"),
+        ([-1, 2], None, r"exits_after is \[-1, 2\]: give whole"),
+        ([2, 2], None, r"exits_after is \[2, 2\]: give rising"),
+        ([3, 1], None, r"exits_after is \[3, 1\]: give rising"),
         ([1, 3], [nn.Identity()], "1 early exits for 2 places"),
         ([1], [nn.Identity(), nn.Identity()], "2 early exits for 1 places"),
         ([1], [], "0 early exits for 1 places"),
@@ -822,5 +822,5 @@ def test_weights_of_another_trunk_are_refused(network, source, message):
 @pytest.mark.parametrize("build", [BranchyAlexNet, BranchyResNet])
 def test_taps_that_do_not_exist_are_refused(build, taps):
     """They were those of the paper's text."""
-    with pytest.raises(ValueError, match=f"^taps {taps!r} is unknown: use released or paper$"):
+    with pytest.raises(ValueError, match=f"^taps is {taps!r}: give released or paper$"):
         build(taps=taps)

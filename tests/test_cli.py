@@ -67,9 +67,12 @@ BAD = {
         {"model__init_args__decay": "cubic"},
         "'linear', 'uniform', 'drop_path']. Got value: cubic",
     ),
-    "survival probability": ({"model__init_args__final_survival_prob": 0.0}, "outside (0, 1]"),
-    "survival above 1": ({"model__init_args__final_survival_prob": 1.5}, "outside (0, 1]"),
-    "depth": ({NET + "depth": 21}, "depth 21 is not 6n+2: choose one such as"),
+    "survival probability": (
+        {"model__init_args__final_survival_prob": 0.0},
+        "give a number in (0, 1]",
+    ),
+    "survival above 1": ({"model__init_args__final_survival_prob": 1.5}, "give a number in (0, 1]"),
+    "depth": ({NET + "depth": 21}, "depth is 21: give 6n+2, such as"),
     "batch of 0": ({"data__init_args__batch_size": 0}, "batch_size is 0"),
     "batch too large": (
         {"data__init_args__batch_size": 5000},
@@ -243,10 +246,10 @@ BAD_WIDTHS = {
     "no evaluated width": ({INIT + "eval_widths": []}, "eval_widths is empty: give one width"),
     "empty range": (
         {NET + "width_mult_range": [1.0, 0.5]},
-        "width_mult_range [1.0, 0.5] is empty: give the narrowest width, then the widest",
+        "width_mult_range is [1.0, 0.5]: give the narrowest width, then the widest",
     ),
-    "range beyond 1": ({NET + "width_mult_range": [0.5, 1.5]}, "give numbers above 0, up to 1"),
-    "one width per step": ({INIT + "num_widths": 1}, "num_widths is 1: give 2 or more"),
+    "range beyond 1": ({NET + "width_mult_range": [0.5, 1.5]}, "give numbers in (0, 1]"),
+    "one width per step": ({INIT + "num_widths": 1}, "num_widths is 1: give a whole number from 2"),
     "switches instead of a range": (
         {NET + "width_mult_range": None, NET + "width_mults": [0.5, 1.0]},
         "LitUniversallySlimmable needs the network's width_mult_range: set it, or use LitSlimmable",
@@ -280,15 +283,23 @@ def test_mistake_with_widths_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 BAD_DENSE = {
-    "depth": ("densenet", {NET + "depth": 41}, "depth 41 is not 3n+4: choose one such as 40, 100"),
+    "depth": ("densenet", {NET + "depth": 41}, "depth is 41: give 3n+4, such as 40, 100"),
     "depth with bottlenecks": (
         "densenet",
         {NET + "depth": 43, NET + "bottleneck": True},
-        "depth 43 is not 6n+4: choose one such as 100, 190, 250",
+        "depth is 43: give 6n+4, such as 100, 190, 250",
     ),
-    "compression": ("densenet", {NET + "compression": 0.0}, "compression 0.0 is not in (0, 1]"),
-    "growth rate": ("densenet", {NET + "growth_rate": -6}, "growth_rate -6 is too small: use 1"),
-    "reduction": ("msdnet", {NET + "reduction": 1.5}, "reduction 1.5 is not in (0, 1]: 1 keeps"),
+    "compression": (
+        "densenet",
+        {NET + "compression": 0.0},
+        "compression is 0.0: give a number",
+    ),
+    "growth rate": (
+        "densenet",
+        {NET + "growth_rate": -6},
+        "growth_rate is -6: give a whole",
+    ),
+    "reduction": ("msdnet", {NET + "reduction": 1.5}, "reduction is 1.5: give a number in (0, 1]"),
     "odd growth at a coarse scale": (
         "msdnet",
         {NET + "growth_rate": 5, NET + "growth_factors": [1, 1]},
@@ -300,8 +311,8 @@ BAD_DENSE = {
         "1 layers do not drop 2 scales one by one (prune='max'): choose base, step and num_blocks "
         "such that there are 2",
     ),
-    "base": ("msdnet", {NET + "base": 0}, "base 0 is too small: use 1 or more"),
-    "step": ("msdnet", {NET + "step": 0}, "step 0 is too small: use 1 or more"),
+    "base": ("msdnet", {NET + "base": 0}, "base is 0: give a whole number from 1"),
+    "step": ("msdnet", {NET + "step": 0}, "step is 0: give a whole number from 1"),
     "two budgets": (
         "msdnet",
         {INIT + "budget_macs": 1e6, INIT + "budget_ms": 1.0},

@@ -460,13 +460,13 @@ def test_statistics_come_from_the_training_split_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0: give at least 1"),
-        ({"eval_batch_size": -1}, "eval_batch_size is -1: give at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: give a whole number from 1"),
+        ({"eval_batch_size": -1}, "eval_batch_size is -1: give a whole number from 1"),
         ({"val_size": -1}, "val_size is -1: give"),
         ({"val_size": NUM_IMAGES}, "val_size is 60 of 60 training images: lower it"),
         ({"crop_padding": -1}, "crop_padding is -1: give"),
         ({"crop_padding": 6}, "crop_padding is 6: give 0 to 5 pixels"),
-        ({"normalization": "whitening"}, "'whitening': give one of pixel_mean, "),
+        ({"normalization": "whitening"}, "'whitening': give pixel_mean, "),
         (
             {"batch_size": 48},
             "there are 47 training images; batch_size times",

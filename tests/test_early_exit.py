@@ -337,7 +337,7 @@ def test_a_bad_image_is_counted_among_those_at_the_last_exit():
         ([0.5], "entropy", "^1 exit thresholds for 3 exits: give 2"),
         ([0.5] * 3, "confidence", "^3 exit thresholds for 3 exits: give 2"),
         ([0.5, math.nan], "entropy", "exit 2 is NaN"),
-        ([0.5, 0.5], "margin", "'margin' is unknown: use entropy or confidence"),
+        ([0.5, 0.5], "margin", "is 'margin': give entropy or confidence"),
         ([0.5, -0.1], "entropy", "^the threshold of exit 2 is -0.1: an entropy is 0 or more"),
         (
             [-0.1, 0.5],
@@ -539,7 +539,7 @@ def test_a_criterion_that_does_not_exist_is_refused_wherever_it_is_used(criterio
         lambda: leaves(scores, 0.5, criterion),
         lambda: exits_taken(scores, [0.5, 0.5], criterion),
     ):
-        with pytest.raises(ValueError, match=f"{criterion!r} is unknown: use entropy or confid"):
+        with pytest.raises(ValueError, match=f"is {criterion!r}: give entropy or confid"):
             run()
 
 
@@ -678,7 +678,7 @@ def test_candidates_of_the_authors_are_those_of_the_released_code():
         ({"scores": torch.rand(4, 3)}, "do not fit"),
         ({"costs": [1, 2]}, "2 costs do not fit"),
         ({"costs": [1, 2, 3, 4]}, "4 costs do not fit"),
-        ({"criterion": "margin"}, "'margin' is unknown"),
+        ({"criterion": "margin"}, "is 'margin': give"),
         ({"candidates": [0.5, math.nan]}, "NaN"),
         ({"candidates": [0.5, -0.5]}, "threshold is -0.5: an entropy is 0 or more"),
         (
@@ -824,7 +824,7 @@ def test_without_ties_each_exit_gets_its_share(
         ([0.3, 0.3, 0.3], "confidence", "must sum to 1"),
         ([1.5, -1.0, 0.5], "confidence", "no shares"),
         ([math.nan, 0.5, 0.5], "confidence", "no shares"),
-        ([0.5, 0.25, 0.25], "margin", "'margin' is unknown"),
+        ([0.5, 0.25, 0.25], "margin", "is 'margin': give"),
     ],
 )
 def test_fractions_that_do_not_fit_are_refused(fractions, criterion, message):
@@ -918,5 +918,5 @@ def test_a_budget_below_what_the_scores_allow_is_refused():
 def test_a_budget_needs_costs_of_all_exits_and_a_known_criterion():
     with pytest.raises(ValueError, match=r"2 fractions for scores \(9, 4\)"):
         thresholds_for_budget(torch.rand(9, 4), [100, 200], 150)
-    with pytest.raises(ValueError, match="'margin' is unknown"):
+    with pytest.raises(ValueError, match="is 'margin': give"):
         thresholds_for_budget(torch.rand(9, 2), [100, 200], 150, "margin")

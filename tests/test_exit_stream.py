@@ -302,8 +302,8 @@ def test_bad_input_is_refused_before_anything_runs() -> None:
     network, images = Witness(2, 3), write_images(torch.randn(5, 2, 3))
     for arguments, message in (
         ({"thresholds": [0.5, 0.5]}, "2 exit thresholds for 2 exits: give 1"),
-        ({"criterion": "margin"}, "'margin' is unknown: use entropy or confidence"),
-        ({"capture": "all"}, "'all' is unknown: use none"),
+        ({"criterion": "margin"}, "is 'margin': give entropy or confidence"),
+        ({"capture": "all"}, "is 'all': give none"),
     ):
         with pytest.raises(ValueError, match=message):
             early_exit_stream(network, [images], **{"thresholds": [0.5], **arguments})

@@ -385,12 +385,12 @@ def test_mistakes_are_explained_in_one_line(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"looked for .*empty/\*\*/\*\.jpg"):
         ready(folder, predict_dir=str(tmp_path / "empty"))
     for changes, message in (
-        ({"augmentation": "cutmix"}, "'cutmix': give one of resize_crop, inception, mobile, "),
+        ({"augmentation": "cutmix"}, "'cutmix': give resize_crop, inception, mobile, "),
         ({"augmentation": "none", "random_erasing": 0.5}, "augmentation none: give one or drop"),
-        ({"image_size": 0}, "image_size is 0: give at least 1"),
-        ({"num_workers": -1}, "num_workers is -1: give 0 or"),
+        ({"image_size": 0}, "image_size is 0: give a whole number from 1"),
+        ({"num_workers": -1}, "num_workers is -1: give a whole number from 0"),
         ({"predict_dir": ""}, "predict_dir is empty: give a value, or leave it out"),
-        ({"val_size": -1}, "val_size is -1: give 0 or"),
+        ({"val_size": -1}, "val_size is -1: give a whole number from 0"),
         ({"val_size": 12}, "val_size is 12 of 12 training images: lower it"),
         ({"batch_size": 13}, "there are 12 training images; batch_size times"),
     ):

@@ -347,7 +347,7 @@ BAD_RUNS = {
     ),
     "rule that is gone": (
         lambda run: edit_config(run, checkpoint__select="first"),
-        "checkpoint 'first' is unknown: use best or last",
+        "checkpoint is 'first': give best or last",
     ),
 }
 

@@ -430,11 +430,11 @@ def test_a_branch_of_lower_precision_is_added_to_its_shortcut():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: CifarResNet(21), "depth 21 is not 6n"),
-        (lambda: CifarResNet(2), "depth 2 is not 6n"),
-        (lambda: CifarResNet(32, bottleneck=True), "depth 32 is not 9n"),
+        (lambda: CifarResNet(21), "depth is 21: give 6n"),
+        (lambda: CifarResNet(2), "depth is 2: give 6n"),
+        (lambda: CifarResNet(32, bottleneck=True), "depth is 32: give 9n"),
         (lambda: CifarResNet(20, plain=True, preactivation=True), "post-activation"),
-        (lambda: ResNet(20), "depth 20 is not one of 18, 34"),
+        (lambda: ResNet(20), "depth is 20: give 18, 34"),
         (lambda: ResNet(34, stride_in_1x1=True), "needs bottlenecks"),
         (lambda: CifarResNet(20, stride_in_1x1=True), "needs bottlenecks: set bottleneck"),
         (lambda: fold_survival_probs(CifarResNet(14), [0.5] * 5), "5 .* 6 blocks"),
@@ -472,7 +472,7 @@ def test_gates_that_do_not_fit_are_refused(plain, gates, message):
 )
 def test_a_shortcut_that_does_not_exist_is_refused(build, shortcut):
     """It was option B."""
-    message = f"^shortcut {shortcut!r} is unknown: use A, A-average, A-prepend, B or C$"
+    message = f"^shortcut is {shortcut!r}: give A, A-average, A-prepend, B or C$"
     with pytest.raises(ValueError, match=message):
         build(shortcut=shortcut)
 

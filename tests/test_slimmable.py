@@ -941,16 +941,16 @@ def test_names_tell_widths_apart_that_round_differently():
     [
         ({}, "give either width_mults"),
         ({"width_mults": (0.5,), "width_mult_range": (0.25, 1.0)}, "give either width_mults"),
-        ({"width_mults": ()}, "give numbers above 0, up to 1"),
-        ({"width_mults": (0.0, 1.0)}, "give numbers above 0, up to 1"),
-        ({"width_mults": (0.5, 1.25)}, r"widths \[0.5, 1.25\]: give numbers above 0, up to 1"),
-        ({"width_mults": (0.5, math.nan)}, "give numbers above 0, up to 1"),
-        ({"width_mults": (0.5, 1.0, 0.5)}, "hold one twice: give each once"),
-        ({"width_mult_range": (-0.5, 1.0)}, "give numbers above 0, up to 1"),
-        ({"width_mult_range": (0.25, 1.5)}, "give numbers above 0, up to 1"),
-        ({"width_mult_range": (1.0, 0.25)}, r"\[1.0, 0.25\] is empty: give the narrowest"),
-        ({"width_mult_range": (0.5, 0.5)}, "is empty"),
-        ({"width_mults": (1.0,), "divisor": 0}, "divisor 0: give 1 or more"),
+        ({"width_mults": ()}, "give one or more, each once"),
+        ({"width_mults": (0.0, 1.0)}, r"give numbers in \(0, 1\]"),
+        ({"width_mults": (0.5, 1.25)}, r"width_mults is \[0.5, 1.25\]: give numbers in \(0, 1\]"),
+        ({"width_mults": (0.5, math.nan)}, r"give numbers in \(0, 1\]"),
+        ({"width_mults": (0.5, 1.0, 0.5)}, "give one or more, each once"),
+        ({"width_mult_range": (-0.5, 1.0)}, r"give numbers in \(0, 1\]"),
+        ({"width_mult_range": (0.25, 1.5)}, r"give numbers in \(0, 1\]"),
+        ({"width_mult_range": (1.0, 0.25)}, r"\[1.0, 0.25\]: give the narrowest"),
+        ({"width_mult_range": (0.5, 0.5)}, "give the narrowest width, then"),
+        ({"width_mults": (1.0,), "divisor": 0}, "divisor is 0: give a whole number from 1 to"),
         # All widths would have all channels of the group.
         (
             {"width_mult_range": (0.5, 1.0), "divisor": 65},
@@ -1001,10 +1001,10 @@ def test_ends_of_the_range_belong_to_it():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SlimmableResNet(34, width_mults=(1.0,)), "depth 34 is not one of 50, 101, 152"),
-        (lambda: SlimmableCifarResNet(21, width_mults=(1.0,)), "depth 21 is not 6n"),
-        (lambda: SlimmableCifarResNet(2, width_mults=(1.0,)), "depth 2 is not 6n"),
-        (lambda: SlimmableCifarResNet(-4, width_mults=(1.0,)), "depth -4 is not 6n"),
+        (lambda: SlimmableResNet(34, width_mults=(1.0,)), "depth is 34: give 50, 101 or 152"),
+        (lambda: SlimmableCifarResNet(21, width_mults=(1.0,)), "depth is 21: give 6n"),
+        (lambda: SlimmableCifarResNet(2, width_mults=(1.0,)), "depth is 2: give 6n"),
+        (lambda: SlimmableCifarResNet(-4, width_mults=(1.0,)), "depth is -4: give 6n"),
     ],
 )
 def test_bad_depth(build, message):
