@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
-from networks import Slimmable, recalibrate
+from networks import Slimmable, check_counts, check_numbers, recalibrate
 
 
 class BNRecalibration(Callback):
@@ -48,11 +48,12 @@ class BNRecalibration(Callback):
         if num_images is None and num_batches is None:
             num_images = 1024
         for name, number in (("num_images", num_images), ("num_batches", num_batches)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}: give 1 or more")
+            if number is not None:
+                check_counts(1, 2**31, **{name: number})
+        check_numbers("(0, 1]", widths=widths)
         self.num_images = num_images
         self.num_batches = num_batches
-        self.widths = widths
+        self.widths = list(dict.fromkeys(widths))
         self.step = -1  # at which the statistics were gathered
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

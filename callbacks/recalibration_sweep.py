@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from callbacks.bn_recalibration import training_images
 from callbacks.outlets import Column, Table
-from networks import SlimmableBatchNorm2d, recalibrate
+from networks import SlimmableBatchNorm2d, check_counts, recalibrate
 
 RESULT = "recalibration.csv"
 
@@ -34,11 +34,10 @@ class RecalibrationSweep(Callback):
     only_observes = True
 
     def __init__(self, num_images: Sequence[int] = (64, 256, 1024, 4096)):
-        if min(num_images, default=0) < 1:
-            raise ValueError(
-                f"num_images of RecalibrationSweep is {list(num_images)}: give numbers of 1 or more"
-            )
-        self.num_images = num_images
+        check_counts(1, 2**31, num_images=num_images)
+        if not num_images:
+            raise ValueError("num_images of RecalibrationSweep is []: give one number or more")
+        self.num_images = list(dict.fromkeys(num_images))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not shared_norms(pl_module):

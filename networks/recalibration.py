@@ -90,6 +90,8 @@ def recalibrate(
     try:
         with training_alone(network, norms):
             for images in batches:
+                if len(images) == 0:  # whose mean is no number
+                    continue
                 num_batches += 1
                 for run in [network] if runs is None else runs:
                     run(images)

@@ -1,5 +1,6 @@
 """Some samples of a batch, in the memory format of the batch."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,20 @@ class Rows(NamedTuple):
     """One number, or one per such sample, (n,)."""
 
 
+def numbers_of(gates: Sequence[float] | Tensor) -> list[float]:
+    """Returns gates, one per block, as numbers.
+
+    Raises:
+        ValueError: they are none, or a number alone.
+    """
+    try:
+        if isinstance(gates, Tensor):
+            return [*gates.double().tolist()]
+        return [float(gate) for gate in gates]
+    except TypeError as error:
+        raise ValueError(f"gates is {gates}: give one number per block") from error
+
+
 def split_rows(gates: Tensor, device: torch.device) -> list[Rows | float]:
     """Returns the gate of every block: its rows, or 0 where no sample keeps the branch.
 
@@ -22,6 +37,8 @@ def split_rows(gates: Tensor, device: torch.device) -> list[Rows | float]:
         gates: one per block and sample, (num_blocks, N), on the CPU.
         device: where the batch is; the numbers of all blocks travel there together.
     """
+    if gates.shape[1] == 0:
+        return [0.0] * len(gates)
     is_open = gates != 0
     counts = is_open.sum(1).tolist()
     indices = send(is_open.nonzero()[:, 1], device).split(counts)

@@ -4,6 +4,7 @@ Papers, and differences from the released code: see `networks.slimmable`.
 """
 
 from collections.abc import Sequence
+from reprlib import repr as shown
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from networks.slimmable_layers import SlimmableBatchNorm2d, Width, WidthMult
 
 BlockGates = Sequence[float] | Tensor
 """One per residual block, on the CPU."""
+
+
+def check_width(width_mult: WidthMult) -> None:
+    """Raises ValueError unless a width is a number, or several."""
+    is_tensor = isinstance(width_mult, Tensor) and width_mult.dim() == 1
+    if isinstance(width_mult, Sequence) or is_tensor:
+        fits = all(isinstance(ratio, float | int | Tensor) for ratio in width_mult)
+    else:
+        fits = isinstance(width_mult, float | int)
+    if not fits:
+        raise ValueError(f"width is {shown(width_mult)}: give a number, or one per group")
 
 
 class Slimmable(nn.Module):
@@ -61,6 +73,7 @@ class Slimmable(nn.Module):
         captures = is_cuda and torch.cuda.is_current_stream_capturing()
         if self.training or torch.is_grad_enabled() or captures:
             return None
+        check_width(width_mult)
         key = width_mult if isinstance(width_mult, float | int) else tuple(width_mult)
         if gates is not None:
             gates = list(map(float, gates))

@@ -269,7 +269,7 @@ BAD_WIDTHS = {
                 {"class_path": "callbacks.BNRecalibration", "init_args": {"num_images": 0}}
             ]
         },
-        "num_images is 0: give 1 or more",
+        "num_images is 0: give a whole number from 1",
     ),
 }
 

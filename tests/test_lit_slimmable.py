@@ -425,8 +425,8 @@ def test_other_networks_are_recalibrated_too(tmp_path: Path) -> None:
             "width 0.7 is none of 0.5, 1",
         ),
         (lambda: LitUniversallySlimmable(network(), eval_widths=[]), "eval_widths is empty"),
-        (lambda: BNRecalibration(0), "num_images is 0: give 1 or more"),
-        (lambda: BNRecalibration(num_batches=-1), "num_batches is -1: give 1 or more"),
+        (lambda: BNRecalibration(0), "num_images is 0: give a whole number"),
+        (lambda: BNRecalibration(num_batches=-1), "num_batches is -1: give a whole number"),
         (lambda: BNRecalibration(64, 1), "num_images or num_batches: give one of them"),
     ],
 )
