@@ -80,7 +80,7 @@ def _load(cache: Path, fingerprint: str) -> dict | None:
     except Exception:  # what torch raises depends on where the file stops making sense
         return None
     is_ours = isinstance(content, dict) and content.pop("fingerprint", None) == fingerprint
-    return content if is_ours else None
+    return content if is_ours and "class_names" in content else None
 
 
 def _save(content: dict, cache: Path) -> None:

@@ -217,7 +217,8 @@ class ImageFolderDataModule(ImageDataModule):
         return {"train": (files, order[self.val_size :]), **splits}
 
     def _no_images(self, split: Split) -> str:
-        return f"there are no images to {split}: put some in {self.data_dir}/test/<class>"
+        others = ", or set predict_dir" if split == "predict" else ""
+        return f"there are no images to {split}: put some in {self.data_dir}/test/<class>{others}"
 
     def num_samples(self, split: Split) -> int:
         if split not in self._splits:

@@ -129,6 +129,10 @@ class InMemoryDataModule(ImageDataModule):
         )
         self._train_indices, self._val_indices = self.split(self._train.labels)
         mean, std = self.statistics(self._train.images, self._train_indices)
+        require(
+            bool((std > 0).all()),
+            f"all training images of {type(self).__name__} are of one colour: get the files again",
+        )
         self.transform = BatchTransform(mean, std, self.crop_padding)
         self._loaded = True
 

@@ -63,7 +63,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "SlimmableResNet": {"num_classes": 10, "in_channels": 1, "width_mults": [0.25, 1.0]},
     "SlimmableCifarResNet": {"depth": 8, "in_channels": 1, "width_mults": [0.25, 1.0]},
     "SlimmableMobileNetV1": {"num_classes": 10, "in_channels": 1, "width_mults": [0.25, 1.0]},
-    "SlimmableMobileNetV2": {"num_classes": 10, "in_channels": 1, "width_mult_range": [0.5, 1.0]},
+    "SlimmableMobileNetV2": {"num_classes": 10, "in_channels": 1, "width_mult_range": [0.25, 1.0]},
     **{
         methods.METHODS[name]["init_args"]["net"]["class_path"].rsplit(".", 1)[1]: (
             methods.METHODS[name]["init_args"]["net"]["init_args"]
@@ -291,8 +291,10 @@ def combinations(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield f"{method} x {network}", ["fit", "-c", str(path)]
         for callback in CALLBACKS:
             path = folder / f"{method}_{METHODS[method]}.yaml"
-            name = f"--trainer.callbacks+=callbacks.{callback}"
-            yield f"{method} x {callback}", ["fit", "-c", str(path), name]
+            args = ["fit", "-c", str(path), f"--trainer.callbacks+=callbacks.{callback}"]
+            if callback == "RecalibrationSweep":
+                args.append("--trainer.callbacks.num_images=[16]")
+            yield f"{method} x {callback}", args
 
 
 STRANGERS: dict[str, dict[str, Any]] = {

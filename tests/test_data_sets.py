@@ -1,6 +1,7 @@
 """Data sets are read as their files say, split as the papers do, and missed in one line."""
 
 import hashlib
+import os
 import pickle
 
 import numpy as np
@@ -233,6 +234,14 @@ def test_the_cache_follows_the_folder(cifar_folder):
 def test_a_damaged_cache_is_written_again(cifar_folder, content):
     cache = cifar_folder / "cifar10.decoded.pt"
     cache.write_bytes(content)
+    assert len(in_stored_order(ready(plain_cifar(cifar_folder)))) == 30
+    assert "fingerprint" in torch.load(cache, weights_only=True)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, "pipe"], ids=str)
+def test_a_cache_that_holds_something_else_is_written_again(cifar_folder, content):
+    cache = cifar_folder / "cifar10.decoded.pt"
+    os.mkfifo(cache) if content == "pipe" else torch.save(content, cache)
     assert len(in_stored_order(ready(plain_cifar(cifar_folder)))) == 30
     assert "fingerprint" in torch.load(cache, weights_only=True)
 

@@ -48,6 +48,19 @@ def test_each_step_is_torchvisions(kind):
     assert torch.equal(shown[2], images[2].float())
 
 
+@pytest.mark.parametrize("kind", ADJUST)
+def test_each_step_of_a_grey_image_is_torchvisions(kind):
+    factors = (0.6, 1.4)
+    images = some_images(len(factors))[:, :1]
+    numbers = torch.stack([colour_numbers(True, NOTHING, [(kind, f)]) for f in factors])
+    shown = ColourTransform((120.0,), (60.0,))(images, numbers)
+    assert shown.shape == images.shape
+    for image, output, factor in zip(images, shown, factors, strict=True):
+        expected = ADJUST[kind](image.flip(2) / 255, factor) * 255
+        # The shares of the colours in grey sum to 0.9999.
+        torch.testing.assert_close(output * 60 + 120, expected, rtol=0, atol=0.06)
+
+
 def test_each_image_of_a_batch_has_an_order_of_its_own():
     orders = list(permutations(ADJUST))
     chance = torch.Generator().manual_seed(1)

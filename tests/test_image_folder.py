@@ -153,6 +153,40 @@ def test_evaluation_resizes_takes_the_centre_and_normalises(folder):
         torch.testing.assert_close(image, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("augmentation", ["inception", "none"])
+def test_grey_images_are_those_of_pillow_in_one_channel(folder, augmentation):
+    data = ready(folder, grey=True, augmentation=augmentation)
+    assert data.image_shape == (1, 24, 24)
+    images, _ = zip(
+        *(data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()), strict=True
+    )
+    assert torch.cat(images).shape == (12, 1, 24, 24)
+    usual = transforms.Compose([transforms.Resize(27), transforms.CenterCrop(24)])
+    shown = torch.cat([images for images, _ in data.val_dataloader()])
+    for image, path in zip(shown, data.predict_names, strict=True):
+        with Image.open(path) as opened_image:
+            expected = np.asarray(usual(opened_image.convert("RGB").convert("L")))
+            assert data.image_format.prepare(opened_image).equal(image)
+        assert np.array_equal(image[0].numpy(), expected)
+
+
+def test_training_images_alone_will_do_without_a_test(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / "train/only").mkdir(parents=True, exist_ok=True)
+        picture(1, (30, 30)).save(tmp_path / "train/only" / name)
+    with pytest.raises(FileNotFoundError, match=r"looked for .*/val/<class>"):
+        ready(tmp_path, batch_size=1)
+    with pytest.warns(UserWarning, match="no images to test: .*or pass --test_after_fit=false"):
+        data = ready(tmp_path, batch_size=1, val_size=1)
+    assert [len(all_of(loader)[0]) for loader in (data.train_dataloader(), data.val_dataloader())]
+    for loader, remedy in (
+        (data.test_dataloader, "put some in .*/test/<class>"),
+        (data.predict_dataloader, "or set predict_dir"),
+    ):
+        with pytest.raises(FileNotFoundError, match=remedy):
+            loader()
+
+
 def draws(augmentation: str, image: Image.Image, size: int, count: int) -> np.ndarray:
     """The image as the steps receive it under many keys, (count, size, size, 3) in bytes."""
     draw = training_draw(augmentation, size)
@@ -325,10 +359,13 @@ def test_names_that_are_no_utf8_can_be_written(tmp_path):
         picture(1, (30, 30)).save(tmp_path / split / "only" / "a.png")
     try:
         os.rename(tmp_path / "val/only/a.png", os.fsencode(tmp_path / "val/only") + b"/\xe9.png")
+        for split in ("train", "val"):
+            os.rename(tmp_path / split / "only", os.fsencode(tmp_path / split) + b"/\xff")
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
     data = ready(tmp_path, batch_size=1)
-    assert data.predict_names == [f"{tmp_path}/val/only/\\xe9.png"]
+    assert data.class_names == ["\\xff"]
+    assert data.predict_names == [f"{tmp_path}/val/\\xff/\\xe9.png"]
     assert len(all_of(data.predict_dataloader())[0]) == 1
 
 

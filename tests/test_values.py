@@ -1,5 +1,6 @@
 """Any value of any argument that a YAML can name: refused in a line at the start, or it runs."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from generate_arguments import Case, impatient
 
+import lightning_modules
+import networks
 from lightning_modules import check_data
 from lightning_modules.schedules import check_schedule, make
 from running.arguments import StrictParser
@@ -83,3 +86,84 @@ def test_a_value_is_refused_in_a_line_or_is_no_nonsense(room_and_name: tuple[str
         else:
             outcome = "accepted nonsense\n" if case.is_odd else "accepted"
         assert "\n" not in outcome, case
+
+
+def methods_that_fit(net: torch.nn.Module) -> set[str]:
+    if isinstance(net, networks.MultiExitNetwork):
+        return {"LitBranchyNet", "LitMSDNet"}
+    if isinstance(net, networks.SlimmableNetwork):
+        return {"LitSlimmable" if net.width_mults else "LitUniversallySlimmable"}
+    gated = {"LitStochasticDepth"} if isinstance(net, networks.ResidualNetwork) else set()
+    return {"LitResNet", "LitDenseNet"} | gated
+
+
+@pytest.mark.parametrize("name", [*generate_arguments.NETWORKS, "universal"])
+def test_a_network_that_a_method_does_not_train_is_refused_and_one_is_named(name: str) -> None:
+    with torch.device("meta"):
+        net = methods.build(generate_arguments.net(name))
+    fitting = methods_that_fit(net)
+    for method in generate_arguments.METHODS:
+        build = partial(getattr(lightning_modules, method), net)
+        if method in fitting:
+            assert build().net is net
+            continue
+        with pytest.raises(ValueError, match=r": (give|set) .* use Lit") as caught:
+            build()
+        assert fitting & set(re.findall(r"Lit\w+", str(caught.value).partition(" use ")[2]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: networks.CifarResNet(8)(x, gates=0.5), "gates is 0.5: give one number per"),
+        (lambda x: networks.CifarResNet(8)(x, gates=torch.tensor(1.0)), "gates is 1.0: give one"),
+        (lambda x: networks.CifarResNet(8)(x, gates=[None] * 3), "give one number per block"),
+        (lambda x: universal()(x, width_mult=None), "width is None: give a number, or one per"),
+        (lambda x: universal()(x, width_mult=torch.tensor(0.5)), "give a number, or one per"),
+        (lambda x: networks.recalibrate(universal(), [x[:0]]), "no training images to recalib"),
+    ],
+)
+def test_what_is_no_number_of_gates_or_widths_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(1, 3, 32, 32))
+
+
+def universal() -> networks.SlimmableNetwork:
+    return networks.SlimmableCifarResNet(8, width_mult_range=(0.25, 1.0))
+
+
+def test_no_images_have_no_logits() -> None:
+    """Whatever they are gated by."""
+    network = networks.CifarResNet(8)
+    for gates in (None, [0.5] * 3, torch.ones(3), torch.ones(3, 0)):
+        assert network(torch.zeros(0, 3, 32, 32), gates=gates).shape == (0, 10)
+    exits = networks.BranchyAlexNet().eval()
+    answers = networks.early_exit(exits, torch.zeros(0, 3, 32, 32), [0.5, 0.5])
+    assert (answers.logits.shape, answers.exit_index.shape) == ((0, 10), (0,))
+
+
+@pytest.mark.parametrize("side", [1, 32])
+def test_a_size_that_a_network_does_not_take_is_told_before_the_first_step(side: int) -> None:
+    net = networks.CifarDenseNet(7, 4)
+    if side == 1:
+        with pytest.raises(ValueError, match="CifarDenseNet does not run on images of 3 x 1 x 1: "):
+            check_data(net, 10, (3, side, side))
+        return
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    check_data(net, 10, (3, side, side))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class AsksForNumbers(torch.nn.Module):
+    num_classes = 2
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :2] * (1 if images.sum().item() == 0 else 2)
+
+
+def test_a_network_that_reads_its_values_is_no_mistake() -> None:
+    check_data(AsksForNumbers(), 2, (3, 8, 8))
+    with pytest.raises(ValueError, match="Identity has no num_classes: give it that attribute"):
+        check_data(torch.nn.Identity(), 2, (3, 8, 8))
