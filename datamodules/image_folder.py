@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -94,25 +93,24 @@ class ImageFiles(Dataset):
         """
         epoch, index = key
         with opened(os.fsdecode(self.paths[index])) as image:
+            numbers: list[Tensor] = []
+            if self.draw is not None:
+                with keyed("augmentation", self.seed, epoch, index):
+                    box, *numbers = self.draw(image)
+                    shown = resized(image, box, self.image_size)
+                    if self.policy is not None:
+                        shown = self.policy(shown)
+            else:
+                shown = to_rgb(image)
+            if self.grey:
+                shown = shown.convert("L")
             if self.draw is None:
-                return self._pixels(self.centre(self._coloured(to_rgb(image)))), self.labels[index]
-            with keyed("augmentation", self.seed, epoch, index):
-                box, numbers = self.draw(image)
-                shown = resized(image, box, self.image_size)
-                if self.policy is not None:
-                    shown = self.policy(shown)
-            pixels = self._pixels(self._coloured(shown))
-        sample = pixels, self.labels[index], numbers
-        if not self.erasing:
-            return sample
-        chance, size = generator("erasing", self.seed, epoch, index), (self.image_size,) * 2
-        return *sample, draw_boxes(1, size, self.erasing, chance)[0]
-
-    def _coloured(self, image: Image.Image) -> Image.Image:
-        return image.convert("L") if self.grey else image
-
-    def _pixels(self, image: Image.Image) -> Tensor:
-        return as_tensor(image).view(self.image_size, self.image_size, -1)
+                shown = self.centre(shown)
+            pixels = as_tensor(shown).view(self.image_size, self.image_size, -1)
+        if self.erasing and self.draw is not None:
+            chance, size = generator("erasing", self.seed, epoch, index), (self.image_size,) * 2
+            numbers.append(draw_boxes(1, size, self.erasing, chance)[0])
+        return pixels, self.labels[index], *numbers
 
 
 def start_worker(worker: int) -> None:
@@ -214,8 +212,8 @@ class ImageFolderDataModule(ImageDataModule):
         order = torch.randperm(len(train), generator=generator("split", self.split_seed))
         if self.val_size:
             splits["val"] = ImageFiles(train, size, grey=grey), order[: self.val_size]
-        policy = training_policy(self.augmentation)
-        files = ImageFiles(train, size, self._draw, self.seed, policy, self.random_erasing, grey)
+        drawn = training_policy(self.augmentation), self.random_erasing
+        files = ImageFiles(train, size, self._draw, self.seed, *drawn, grey)
         return {"train": (files, order[self.val_size :]), **splits}
 
     def _no_images(self, split: Split) -> str:

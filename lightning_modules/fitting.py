@@ -7,7 +7,13 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from networks import MultiExitNetwork, ResidualNetwork, SlimmableNetwork, on_meta
+from networks import (
+    MultiExitNetwork,
+    ResidualNetwork,
+    Slimmable,
+    SlimmableWithExits,
+    on_meta,
+)
 
 
 def check_network(net: nn.Module, method: type) -> None:
@@ -19,13 +25,19 @@ def check_network(net: nn.Module, method: type) -> None:
             plain logits says so by an attribute `takes_logits`.
     """
     needed = get_type_hints(method.__init__).get("net", nn.Module)
-    others = (MultiExitNetwork, SlimmableNetwork) if getattr(method, "takes_logits", False) else ()
+    others: tuple[type, ...] = ()
+    if getattr(method, "takes_logits", False):
+        others = (MultiExitNetwork, Slimmable)
+    elif needed is not nn.Module and not issubclass(needed, Slimmable):
+        others = (Slimmable,)
     if isinstance(net, needed) and not isinstance(net, others):
         return
     fitting = "LitResNet"
-    if isinstance(net, MultiExitNetwork):
+    if isinstance(net, SlimmableWithExits):
+        fitting = "LitSlimmableExits"
+    elif isinstance(net, MultiExitNetwork):
         fitting = "LitBranchyNet or LitMSDNet"
-    elif isinstance(net, SlimmableNetwork):
+    elif isinstance(net, Slimmable):
         fitting = "LitSlimmable" if net.width_mults else "LitUniversallySlimmable"
     elif isinstance(net, ResidualNetwork):
         fitting = "LitResNet or LitStochasticDepth"

@@ -14,6 +14,9 @@ from chance import generator
 from lightning_modules.base import Batch, ImageClassifier
 from networks import Slimmable, WidthMult
 
+MAX_WIDTHS = 1000
+"""Per step: a step runs the network as often."""
+
 
 class SandwichTraining(ImageClassifier):
     """Runs and differentiates widths one by one, and synchronises their gradients once.

@@ -32,7 +32,7 @@ from lightning_modules.base import (
 from lightning_modules.fitting import check_network
 from lightning_modules.metrics import FULL
 from lightning_modules.recipe import NONE, Recipe
-from lightning_modules.sandwich import SandwichTraining, draw_widths
+from lightning_modules.sandwich import MAX_WIDTHS, SandwichTraining, draw_widths
 from lightning_modules.schedules import Interval
 from networks import (
     SlimmableNetwork,
@@ -46,9 +46,6 @@ from networks import (
 )
 
 WidthRule = Literal["sandwich", "random"]
-
-MAX_WIDTHS = 1000
-"""Per step: a step runs the network as often."""
 
 
 class SlimmableClassifier(SandwichTraining):

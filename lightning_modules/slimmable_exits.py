@@ -48,7 +48,7 @@ from lightning_modules.exit_outputs import (
 )
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.recipe import NONE, Recipe
-from lightning_modules.sandwich import SandwichTraining, draw_widths
+from lightning_modules.sandwich import MAX_WIDTHS, SandwichTraining, draw_widths
 from lightning_modules.schedules import Interval
 from lightning_modules.stochastic_depth import (
     Decay,
@@ -62,6 +62,7 @@ from networks import (
     ExitCosts,
     SlimmableWithExits,
     check_choice,
+    check_counts,
     count_macs,
     count_params,
     count_params_run,
@@ -145,8 +146,7 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
             raise ValueError(f"{name} needs early exits: set the network's exits_after")
         check_num_exits(net.num_exits)
         check_choice("teacher", teacher, Teacher)
-        if num_widths < 2:
-            raise ValueError(f"num_widths is {num_widths}: give 2 or more, widest and narrowest")
+        check_counts(2, MAX_WIDTHS, num_widths=num_widths)
         self.num_widths, self.teacher = num_widths, teacher
         self.exit_loss_weights = check_weights(exit_loss_weights, net.num_exits)
         if not all(0 < weight < math.inf for weight in self.exit_loss_weights):

@@ -136,6 +136,8 @@ class TunedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make("optimizer", self.optimizer, self.optimized_parameters())
+        if optimizer.defaults.get("capturable") and self.device.type == "cpu":
+            raise ValueError("capturable of the optimizer needs a GPU: leave it out")
         factors = scale_rates(optimizer)
         if self.lr_scheduler is None:
             return optimizer

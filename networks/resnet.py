@@ -41,7 +41,7 @@ from networks.residual_blocks import (
     Shortcut,
     conv,
 )
-from networks.rows import split_rows
+from networks.rows import numbers_of, split_rows
 
 Gates = Sequence[float] | Tensor
 
@@ -140,17 +140,12 @@ class ResidualNetwork(nn.Module):
             return [None] * self.num_blocks
         if self.plain:
             raise ValueError("a plain network has no shortcuts, so its blocks cannot be gated")
-        try:
-            gates = gates if isinstance(gates, Tensor) else [float(gate) for gate in gates]
-            count = len(gates)
-        except TypeError as error:  # a number, or a tensor of one
-            raise ValueError(f"gates is {gates}: give one number per block") from error
-        if count != self.num_blocks:
-            raise ValueError(f"{count} gates for {self.num_blocks} blocks: give one per block")
+        if not isinstance(gates, Tensor) or gates.dim() < 2:
+            gates = numbers_of(gates)
+        if len(gates) != self.num_blocks:
+            raise ValueError(f"{len(gates)} gates for {self.num_blocks} blocks: give one per block")
         if not isinstance(gates, Tensor):
             return gates
-        if gates.dim() == 1:
-            return gates.double().tolist()
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
                 "gates per sample cannot be traced or exported: later batches would have those of "

@@ -1,5 +1,6 @@
 """Some samples of a batch, in the memory format of the batch."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,20 @@ class Rows(NamedTuple):
     """Their numbers, int64 (n,), on the device of the batch; None: all samples."""
     scale: float | Tensor
     """One number, or one per such sample, (n,)."""
+
+
+def numbers_of(gates: Sequence[float] | Tensor) -> list[float]:
+    """Returns gates, one per block, as numbers.
+
+    Raises:
+        ValueError: they are none, or a number alone.
+    """
+    try:
+        if isinstance(gates, Tensor):
+            return [*gates.double().tolist()]
+        return [float(gate) for gate in gates]
+    except TypeError as error:
+        raise ValueError(f"gates is {gates}: give one number per block") from error
 
 
 def split_rows(gates: Tensor, device: torch.device) -> list[Rows | float]:

@@ -34,6 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from networks.choices import check_counts, check_numbers
 from networks.initialization import draw_weights
 from networks.narrow import gather
+from networks.rows import numbers_of
 from networks.slimmable_base import BlockGates, Slimmable, check_width
 from networks.slimmable_layers import (
     Activation,
@@ -225,11 +226,12 @@ class SlimmableNetwork(Slimmable):
         """
         if gates is None:
             return [None] * len(self.units)
-        if isinstance(gates, Tensor) and gates.dim() != 1:
+        if isinstance(gates, Tensor) and gates.dim() > 1:
             raise ValueError("the gates of a slimmable network are one per block, not per sample")
+        gates = numbers_of(gates)
         if len(gates) != self.num_blocks:
             raise ValueError(f"{len(gates)} gates for {self.num_blocks} blocks: give one per block")
-        rest = map(float, gates)
+        rest = iter(gates)
         return [next(rest) if isinstance(u, SlimmableResidual) else None for u in self.units]
 
     def forward(

@@ -19,9 +19,11 @@ a width uses the first inputs.
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from reprlib import repr as shown
 
 from torch import Tensor, nn
 
+from networks.choices import check_counts
 from networks.early_exit import MultiExitNetwork, Staged, State, run_all_exits
 from networks.initialization import draw_weights
 from networks.narrow import gather
@@ -122,11 +124,12 @@ class SlimmableWithExits(MultiExitNetwork, Slimmable):
     def __init__(self, trunk: SlimmableNetwork, exits_after: Sequence[int] = ()):
         super().__init__()
         num_units = len(trunk.units) - 1
+        check_counts(0, exits_after=exits_after)
         bounds = [-1, *exits_after, num_units]
         if any(b <= a for a, b in itertools.pairwise(bounds)):
             raise ValueError(
-                f"exits_after {list(exits_after)} does not fit {num_units} units behind the first "
-                f"layer: give rising numbers from 0 to {num_units - 1}"
+                f"exits_after is {shown(list(exits_after))}: give rising numbers from 0 to "
+                f"{num_units - 1}, units behind the first layer"
             )
         self.trunk = trunk
         self.exits_after = tuple(exits_after)

@@ -62,6 +62,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "WithExits": {"network": SMALL, "after": ["layer1.0", "layer2.0"]},
     "SlimmableResNet": {"num_classes": 10, "in_channels": 1, "width_mults": [0.25, 1.0]},
     "SlimmableCifarResNet": {"depth": 8, "in_channels": 1, "width_mults": [0.25, 1.0]},
+    "SlimmableWithExits": {
+        "trunk": {
+            "class_path": "networks.SlimmableCifarResNet",
+            "init_args": {"depth": 8, "in_channels": 1, "width_mults": [0.25, 1.0]},
+        },
+        "exits_after": [1],
+    },
     "SlimmableMobileNetV1": {"num_classes": 10, "in_channels": 1, "width_mults": [0.25, 1.0]},
     "SlimmableMobileNetV2": {"num_classes": 10, "in_channels": 1, "width_mult_range": [0.25, 1.0]},
     **{
@@ -79,6 +86,7 @@ METHODS = {
     "LitBranchyNet": "ResNetWithExits",
     "LitMSDNet": "MSDNet",
     "LitSlimmable": "SlimmableCifarResNet",
+    "LitSlimmableExits": "SlimmableWithExits",
     "LitUniversallySlimmable": "universal",
 }
 """A network for each method."""
@@ -93,6 +101,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "torch.optim.lr_scheduler.StepLR": {"step_size": 1},
     "torch.optim.lr_scheduler.CosineAnnealingLR": {"T_max": 1},
     "lightning_modules.LinearDecayLR": {},
+    "lightning_modules.WarmupCosineLR": {},
     "lightning_modules.WarmupMultiStepLR": {"milestones": [1], "warmup": 1},
 }
 CALLBACKS = [
@@ -103,7 +112,10 @@ CALLBACKS = [
 ]
 
 
-ANY_NUMBER = ("seed", "split_seed", "layer_scale", "budget_macs", "budget_ms")
+ANY_NUMBER = (
+    *("seed", "split_seed", "layer_scale", "budget_macs", "budget_ms"),
+    *("mixup_alpha", "cutmix_alpha"),
+)
 
 
 class Case(NamedTuple):
@@ -180,6 +192,7 @@ def classes() -> Iterator[tuple[str, str, type]]:
     for name in CALLBACKS:
         yield "callback", name, getattr(callbacks, name)
     yield "tuning", "Tuning", lightning_modules.Tuning
+    yield "recipe", "Recipe", lightning_modules.Recipe
     for room, table in (("optimizer", OPTIMIZERS), ("lr_scheduler", SCHEDULERS)):
         for path in table:
             package, name = path.rsplit(".", 1)
@@ -214,6 +227,8 @@ def net(name: str) -> dict[str, Any]:
 def method_for(name: str) -> str:
     """Returns a method that trains a network."""
     which = getattr(networks, name)
+    if name == "SlimmableWithExits":
+        return "LitSlimmableExits"
     if issubclass(which, networks.SlimmableNetwork):
         ranged = "width_mult_range" in NETWORKS[name]
         return "LitUniversallySlimmable" if ranged else "LitSlimmable"
@@ -261,6 +276,7 @@ def command(case: Case, folder: Path) -> list[str]:
         "data": "--data.init_args",
         "callback": "--trainer.callbacks",
         "tuning": "--model.init_args.tuning",
+        "recipe": "--model.init_args.recipe",
         "optimizer": "--model.init_args.optimizer.init_args",
         "lr_scheduler": "--model.init_args.lr_scheduler.init_args",
     }

@@ -302,7 +302,7 @@ BAD_WIDTHS = {
                 {"class_path": "callbacks.BNRecalibration", "init_args": {"widths": [2.0]}}
             ]
         },
-        "width 2 is outside the range 0.25 to 1",
+        "widths is [2.0]: give numbers in (0, 1]",
     ),
     "no recalibration": ({"trainer__callbacks": []}, "add callbacks.BNRecalibration to trainer"),
     "no images to recalibrate with": (

@@ -268,7 +268,7 @@ def mobilenet() -> SlimmableWithExits:
     ("net", "arguments", "message"),
     [
         (network, {"eval_widths": [0.1]}, "width 0.1 is outside the range 0.25 to 1"),
-        (network, {"num_widths": 1}, "num_widths is 1: give 2 or more, widest and narrowest"),
+        (network, {"num_widths": 1}, "num_widths is 1: give a whole number from 2"),
         (network, {"exit_loss_weights": [1, 1]}, "2 exit_loss_weights for 3 exits: give one per"),
         (
             network,

@@ -1,7 +1,11 @@
 """Any value of any argument that a YAML can name: refused in a line at the start, or it runs."""
 
+import importlib
+import random
 import re
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import generate_arguments
@@ -10,6 +14,7 @@ import methods
 import pytest
 import torch
 from generate_arguments import Case, impatient
+from test_rooms import BASES
 
 import lightning_modules
 import networks
@@ -21,7 +26,9 @@ CASES: dict[tuple[str, str], list[Case]] = {}
 for case in generate_arguments.cases():
     CASES.setdefault((case.room, case.name), []).append(case)
 CLASSES = {(room, name): which for room, name, which in generate_arguments.classes()}
-GIVEN_APART = {"params", "optimizer", "net", "trunk", "network", "early_exits", "exits", "tuning"}
+GIVEN_APART = {
+    *("params", "optimizer", "net", "trunk", "network", "early_exits", "exits", "tuning", "recipe"),
+}
 BIG = ("ResNet", "DenseNet", "SlimmableResNet", "SlimmableMobileNetV1", "SlimmableMobileNetV2")
 
 
@@ -88,7 +95,40 @@ def test_a_value_is_refused_in_a_line_or_is_no_nonsense(room_and_name: tuple[str
         assert "\n" not in outcome, case
 
 
+@pytest.mark.slow
+def test_a_command_line_runs_or_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of what `generate_arguments.py` runs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    generate_arguments.write_data(tmp_path / "data")
+    known = [each for each in generate_arguments.cases() if each.name != "SVHNDataModule"]
+    for number, each in enumerate(random.Random(0).sample(known, 80)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "data").symlink_to(tmp_path / "data")
+        outcome, line = generate_arguments.end_of(generate_arguments.command(each, folder))
+        # Only a step shows that a rate is too high.
+        expected = ("refused", "late") if each.room == "optimizer" else ("refused",)
+        assert outcome in (expected if each.is_odd else (*expected, "ran")), (each, line)
+
+
+def test_no_class_is_left_out() -> None:
+    known = {name for _, name in CLASSES} | {
+        *("ResidualNetwork", "MultiExitNetwork", "Slimmable", "SlimmableNetwork"),  # bases
+        *("ImageDataModule", "InMemoryDataModule", "ImageClassifier", "MultiExitClassifier"),
+        *("SampledTestImages", "NarrowWithExits", "AtWidth"),  # what others make
+    }
+    for room, bases in BASES.items():
+        for name in importlib.import_module(room).__all__:
+            which = getattr(importlib.import_module(room), name)
+            if isinstance(which, type) and issubclass(which, bases):
+                assert name in known or f"{room}.{name}" in known
+
+
 def methods_that_fit(net: torch.nn.Module) -> set[str]:
+    if isinstance(net, networks.SlimmableWithExits):
+        return {"LitSlimmableExits"}
     if isinstance(net, networks.MultiExitNetwork):
         return {"LitBranchyNet", "LitMSDNet"}
     if isinstance(net, networks.SlimmableNetwork):
