@@ -25,8 +25,7 @@ LIKE = 0.6
 """How alike two names have to be, of 1."""
 NESTED = (
     "SequentialLR and ChainedScheduler are made of other schedules, which no YAML can nest: use "
-    "lightning_modules.WarmupMultiStepLR or torch.optim.lr_scheduler.OneCycleLR, or write a class "
-    "that takes the optimizer alone"
+    "lightning_modules.WarmupMultiStepLR or WarmupCosineLR, or a class that takes the optimizer"
 )
 
 
