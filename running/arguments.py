@@ -28,6 +28,10 @@ from running.suggestions import arguments_with_long_names, hint, keys_of, with_l
 
 NO_FILE = '"<unicode string>"'  # what PyYAML calls a text, and jsonargparse hands it nothing else
 UNSAID = "Unable to serialize instance"  # what jsonargparse writes for a value
+NESTED = (
+    "SequentialLR and ChainedScheduler are made of other schedules, which no YAML can nest: use "
+    "lightning_modules.WarmupMultiStepLR or WarmupCosineLR, or a class that takes the optimizer"
+)
 UNSET = "is a variable unset? give a value, or leave it out"
 
 _load_yaml = get_loader("yaml")
@@ -278,6 +282,8 @@ def _describe(annotation: Any) -> str:
 def one_line(error: Exception) -> str:
     """Returns an error's message without the types and values that jsonargparse wraps around."""
     message = " ".join(str(error).split())
+    if re.search(r"key \"schedulers\"|Option 'schedulers'", message):
+        return NESTED
     message = message.replace(
         "No supported gpu backend found!", "there is no GPU: use -c experiments/machines/cpu.yaml"
     )

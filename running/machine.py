@@ -16,8 +16,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_modules import ImageClassifier
 from networks import Capture, check_capture
 
-WORKERS_PER_CORE = 32
-
 
 @dataclass
 class Machine:
@@ -41,12 +39,7 @@ class Machine:
         check_capture(self.capture)
 
     def apply(self, trainer: Trainer, model: ImageClassifier, data: LightningDataModule) -> None:
-        """Tells those whose matter it is.
-
-        Raises:
-            ValueError: the data asks for more worker processes than a machine starts.
-        """
-        check_workers(getattr(data, "num_workers", 0))
+        """Tells those whose matter it is."""
         model.capture = self.capture
         data.resident = self.resident_data
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
@@ -58,15 +51,6 @@ class Machine:
                 f"machine.capture is {self.capture}, and there is no GPU to record for: nothing "
                 "gets faster; set it to none"
             )
-
-
-def check_workers(number: int) -> None:
-    """Raises ValueError for so many worker processes that starting them would stop the machine."""
-    cores = os.cpu_count() or 1
-    if number > WORKERS_PER_CORE * cores:
-        raise ValueError(
-            f"num_workers is {number}, and this machine has {cores} cores: use {cores} or fewer"
-        )
 
 
 def check_tasks(trainer: Trainer) -> None:

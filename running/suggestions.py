@@ -23,11 +23,6 @@ KINDS = {
 """Where the classes are that an argument may name; ours come first."""
 LIKE = 0.6
 """How alike two names have to be, of 1."""
-NESTED = (
-    "SequentialLR and ChainedScheduler are made of other schedules, which no YAML can nest: use "
-    "lightning_modules.WarmupMultiStepLR or torch.optim.lr_scheduler.OneCycleLR, or write a class "
-    "that takes the optimizer alone"
-)
 
 
 # --- short names ----------------------------------------------------------------------------------
@@ -133,8 +128,6 @@ def hint(message: str, actions: Sequence[Action], given: Mapping[str, str]) -> s
         actions: of its parser, which know the options and subcommands.
         given: dotted keys that the YAML files of the command have, and which file has them.
     """
-    if re.search(r"key \"schedulers\"|Option 'schedulers'", message):
-        return f": {NESTED}"
     options = [*_options(actions), *given]
     if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         return did_you_mean(found[1].rstrip("+"), options, "--")

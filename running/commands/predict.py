@@ -27,12 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from datamodules import ImagesToClassify, tell_unlike
 from running.loading import load_run
-from running.machine import check_workers
 from running.point import CLASSIFY_BATCH_SIZE, Point
 from running.predictions import FILE, Prediction, PredictionFile, top_classes
 
 NUM_WORKERS = 2
 MAX_BATCH_SIZE = 2**20
+MAX_NUM_WORKERS = 2**10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.batch_size <= MAX_BATCH_SIZE:
         raise ValueError(f"--batch_size is {arguments.batch_size}: give 1 to {MAX_BATCH_SIZE}")
-    if arguments.num_workers < 0:
-        raise ValueError(f"--num_workers is {arguments.num_workers}: give 0 or more")
-    check_workers(arguments.num_workers)
+    if not 0 <= arguments.num_workers <= MAX_NUM_WORKERS:
+        raise ValueError(
+            f"--num_workers is {arguments.num_workers}: give 0 or more, up to {MAX_NUM_WORKERS}"
+        )
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     point = loaded.point(arguments.point)
