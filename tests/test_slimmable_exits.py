@@ -282,7 +282,7 @@ def test_one_pass_recalibrates_all_exits_of_a_width(gated: bool) -> None:
 @pytest.mark.parametrize("exits_after", [[-1], [2, 2], [2, 1], [3], [0, 7]])
 def test_exits_that_do_not_fit_are_refused(exits_after: list[int]) -> None:
     with pytest.raises(
-        ValueError, match=r"exits_after is \[.*\]: give (rising|whole) numbers from 0 to"
+        ValueError, match=r"^exits_after is \[.*\]: give (rising|whole) numbers from 0 to"
     ):
         SlimmableWithExits(NETWORKS["us_cifar"](), exits_after)
 
