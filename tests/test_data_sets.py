@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import platform
 
 import numpy as np
 import pytest
@@ -248,8 +249,8 @@ def test_a_cache_that_holds_something_else_is_written_again(cifar_folder, conten
 
 @pytest.mark.parametrize("error", [PermissionError("read-only"), RuntimeError("disk full")])
 def test_a_cache_that_cannot_be_written_is_done_without(cifar_folder, monkeypatch, error):
-    def break_off(content, path):
-        path.write_bytes(b"half of it")
+    def break_off(content, file):
+        file.write(b"half of it")
         raise error
 
     monkeypatch.setattr(torch, "save", break_off)
@@ -257,6 +258,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(cifar_folder, monkeypatc
         data = ready(plain_cifar(cifar_folder))
     assert len(in_stored_order(data)) == 30
     assert [entry.name for entry in cifar_folder.iterdir()] == ["cifar10"]
+
+
+def test_a_cache_is_not_written_where_a_link_leads(cifar_folder, tmp_path):
+    name = f"cifar10.decoded.pt.{platform.node()}.{os.getpid()}"  # what others can guess
+    (tmp_path / "mine.txt").write_text("mine")
+    (cifar_folder / name).symlink_to(tmp_path / "mine.txt")
+    ready(plain_cifar(cifar_folder))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not (cifar_folder / "cifar10.decoded.pt").is_symlink()
 
 
 def test_bad_images_are_named_in_one_line(cifar_folder):
