@@ -275,7 +275,11 @@ MISTAKES = {
     "no number": (one_image, ["--batch_size", "x"], "argument --batch_size: invalid int value"),
     "point": (one_image, ["--point", "w0.5"], "has no operating point 'w0.5': full"),
     "device": (one_image, ["--device", "abacus"], "there is no device 'abacus'"),
-    "option": (one_image, ["--imagse", "x"], "unrecognized arguments: --imagse x: see"),
+    "option": (
+        one_image,
+        ["--imagse", "x"],
+        "unrecognized arguments: --imagse: did you mean --images?: see",
+    ),
     "checkpoint": (one_image, ["--checkpoint", "first"], "invalid choice: 'first'"),
     "no run": (one_image, ["--run", "{0}/images"], "is no run folder: it holds no config.yaml"),
 }
