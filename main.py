@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The entry point: from a YAML to a number.
 
     python main.py fit -c experiments/quickstart.yaml                       train, then test once

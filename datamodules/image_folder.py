@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -184,8 +183,6 @@ class ImageFolderDataModule(ImageDataModule):
         if "predict" in self._splits:
             files, _ = self._splits["predict"]
             self.predict_names = files.names()[self.rank :: self.world_size]
-        if "test" not in self._splits and stage == "fit":
-            rank_zero_warn(f"{self._no_images('test')}, or pass --test_after_fit=false")
         self.check_batch_size()
 
     def _find_splits(self) -> dict[Split, tuple[ImageFiles, Tensor]]:
@@ -216,13 +213,13 @@ class ImageFolderDataModule(ImageDataModule):
         files = ImageFiles(train, size, self._draw, self.seed, *drawn, grey)
         return {"train": (files, order[self.val_size :]), **splits}
 
-    def _no_images(self, split: Split) -> str:
-        others = ", or set predict_dir" if split == "predict" else ""
-        return f"there are no images to {split}: put some in {self.data_dir}/test/<class>{others}"
-
     def num_samples(self, split: Split) -> int:
         if split not in self._splits:
-            raise FileNotFoundError(self._no_images(split))
+            remedy = "set predict_dir" if split == "predict" else "pass --test_after_fit=false"
+            raise FileNotFoundError(
+                f"there are no images to {split}: put some in {self.data_dir}/test/<class>, or "
+                f"{remedy}"
+            )
         return len(self._splits[split][1])
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:

@@ -94,7 +94,7 @@ def check_data(
 
 
 def try_out(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Runs a copy of a network on two images, without numbers if it can do without.
+    """Runs a copy of a network, if it can be copied, on two images; without numbers if it can.
 
     Raises:
         Exception: whatever the network raises of such images.
@@ -102,8 +102,14 @@ def try_out(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             on_meta(net, training=True)(torch.empty(2, *image_shape, device="meta"))
+            return
         except Exception:  # its own, or since it asks for numbers
-            copy.deepcopy(net).cpu().train()(torch.zeros(2, *image_shape))
+            pass
+        try:
+            copied = copy.deepcopy(net).cpu().train()
+        except Exception:  # what cannot be copied is tried by the first step
+            return
+        copied(torch.zeros(2, *image_shape))
 
 
 def check_same_network(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:

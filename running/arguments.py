@@ -56,7 +56,9 @@ class StrictParser(LightningArgumentParser):
                 return super().parse_args(words, *rest, **options)
         except (ArgumentError, ValueError) as error:
             line = one_line(error)
-            if "did you mean" not in line:  # a parser calls those of its subcommands
+            if not re.search(
+                "did you mean|give one of", line
+            ):  # a parser calls those of its subcommands
                 line += hint(line, self._actions, _keys_given(words))
             raise ArgumentError(None, line) from error
 

@@ -1,18 +1,15 @@
 """What is told when a class cannot be built from the arguments that a user has given it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 BUILD_ERRORS = (
     *(TypeError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
     NotImplementedError,
 )
 """What code raises that has not thought of an argument, beside what is told anyway."""
-
-Argument = TypeVar("Argument")
-Built = TypeVar("Built")
 
 
 @contextmanager
@@ -31,14 +28,6 @@ def building(config: Mapping[str, Any]) -> Iterator[None]:
         what = _innermost(error.__traceback__, dict(_classes("trainer", config)))
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ValueError(f"{what} cannot be built ({reason}): correct its arguments") from error
-
-
-def build_told(
-    factory: Callable[[Argument], Built], config: Mapping[str, Any], argument: Argument
-) -> Built:
-    """Calls a factory inside of `building`."""
-    with building(config):
-        return factory(argument)
 
 
 def _classes(key: str, section: Any) -> Iterator[tuple[str, str]]:

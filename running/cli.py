@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import preemption
 from callbacks import SampledTestImages
 from lightning_modules import ImageClassifier
 from running.arguments import StrictParser, check_trainer, one_line
-from running.building import build_told, building
+from running.building import building
 from running.checkpoint import RunCheckpoint
 from running.checkpoint_io import AtomicCheckpointIO
 from running.commands import LOOKING
@@ -170,13 +169,8 @@ class ExperimentCLI(LightningCLI):
         return self.config_init[self.subcommand].checkpoint
 
     def instantiate_classes(self) -> None:
-        given = masked(self.config[self.subcommand].as_dict())
-        with building(given):
+        with building(masked(self.config[self.subcommand].as_dict())):
             super().instantiate_classes()
-        factories = {name: getattr(self.model, name) for name in ("optimizer", "lr_scheduler")}
-        for name, factory in factories.items():
-            if factory is not None:  # those are called when training begins
-                setattr(self.model, name, partial(build_told, factory, given))
 
     def _dump_config(self) -> None:
         super()._dump_config()
@@ -268,7 +262,13 @@ class ExperimentCLI(LightningCLI):
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume_from)
 
     def begin(self) -> None:
-        """Writes down the attempt, and tracks it: a training that is refused is no run of W&B."""
+        """Writes down the attempt, and tracks it: a training that is refused is no run of W&B.
+
+        Raises:
+            FileNotFoundError: there are no images for the test that is to follow.
+        """
+        if self.config.fit.test_after_fit and hasattr(self.datamodule, "num_samples"):
+            self.datamodule.num_samples("test")
         self.run_folder.record_attempt(self.config_dump)
         tracking = self.config_init.fit.wandb
         self.trainer.loggers += self.run_folder.trackers(tracking, self.config_dump)

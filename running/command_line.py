@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import torch
 from jsonargparse import ArgumentError
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
@@ -29,7 +30,8 @@ python main.py fit -c experiments/quickstart.yaml --help    everything that can 
 python main.py tour                                         six methods in five minutes
 
 Experiments are the YAML files in experiments/<method>/, machines those in experiments/machines/.
-Commands that look: runs, report, profile, predict --run, export, each with its --help."""
+Commands that look: runs, report, profile, predict --run, export, each with its --help.
+<TAB> completes after: source <(python main.py completion bash); then ./main.py fit -c ..."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,6 +87,10 @@ def tell(error: Exception, errors: ErrorFile) -> int:
     where = f"{kept} shows where" if kept else "TRACEBACK=1 shows where"
     if os.environ.get("TRACEBACK"):
         raise
+    if is_out_of_memory(error):
+        remedy = "lower batch_size, or make the network or the images smaller"
+        print(f"error: out of memory ({one_line(error)}): {remedy} ({where})", file=sys.stderr)
+        return 2
     if isinstance(error, USER_ERRORS) or is_mistake(error):
         print(f"error: {told(error)} ({where})", file=sys.stderr)
         return 2
@@ -118,6 +124,13 @@ def is_mistake(error: Exception) -> bool:
     """Tells whether Lightning has refused what a user has said; it has no class for that."""
     return isinstance(error, RuntimeError) and str(error).startswith(
         ("Early stopping conditioned on metric", "Found more than one stateful callback")
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tells whether a device or the machine has no memory left; on a CPU torch has no class."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 

@@ -138,6 +138,8 @@ def hint(message: str, actions: Sequence[Action], given: Mapping[str, str]) -> s
         classes = re.findall(r"class_path '([\w.]+)'", message)
         names = [name for each in reversed(classes) for name in _arguments(each)]
         return did_you_mean(found[1], names)
+    if found := re.search(r"does not correspond to a subclass of (\w+)", message):
+        return _classes_of(found[1])
     if found := re.search(r"(?:no class |no attribute '|No module named ')([\w.]+)", message):
         keys = re.findall(r"(?:Parser key \"|--)([\w.]+?)(?:\.help)?[\":]", message)
         return _nearest_class(found[1], keys)
@@ -187,6 +189,19 @@ def _nearest_class(name: str, keys: Sequence[str]) -> str:
     paths = {known: f"{package}.{known}" for package in packages for known in exported(package)}
     names = nearest(name.rsplit(".", 1)[-1], paths)
     return f": did you mean {' or '.join(paths[each] for each in names)}?" if names else ""
+
+
+def _classes_of(base: str) -> str:
+    """Returns the end of a message: the classes that have a base, if it is one of ours."""
+    for package in dict.fromkeys(package for packages in KINDS.values() for package in packages):
+        module = importlib.import_module(package)
+        kind = getattr(module, base, None)
+        if inspect.isclass(kind) and hasattr(module, "__all__"):
+            values = {name: getattr(module, name) for name in module.__all__}
+            ours = [name for name, value in values.items() if inspect.isclass(value)]
+            fitting = [name for name in ours if issubclass(values[name], kind) and name != base]
+            return f": give one of {', '.join(fitting)}"
+    return ""
 
 
 def _from_here(path: Path) -> Path:

@@ -640,9 +640,7 @@ def test_what_fails_when_it_is_built_is_told_with_its_arguments(tmp_path: Path) 
     }
     experiment(tmp_path, model__init_args__lr_scheduler=schedule)
     status, output = launch.run(COMMAND, tmp_path)
-    line = "CyclicLR(base_lr=0.1, max_lr=0.2, step_size_up=0"
-    assert_one_line(status, output, line)
-    assert "cannot be built (ZeroDivisionError: float division by zero)" in output
+    assert_one_line(status, output, "lr_scheduler cannot be made: float division by zero")
     assert "run/error.txt shows where" in output
     assert "ZeroDivisionError" in (tmp_path / "run/error.txt").read_text()
 

@@ -7,11 +7,12 @@ does it. A mistake is a ValueError or OSError, whose message is the line that th
 import argparse
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from running.suggestions import hint
 
-LOOKING = ("runs", "report", "profile", "export", "tour")
+LOOKING = ("runs", "report", "profile", "export", "tour", "completion")
 """By name; `predict` is one of them when it is given a run folder (`--run`) instead of a YAML."""
 
 
@@ -43,7 +44,14 @@ def run_command(args: Sequence[str]) -> None:
         ValueError, OSError: a mistake of the user's.
     """
     name, *rest = args
-    command = importlib.import_module(f"running.commands.{name}")  # what one needs, others do not
+    parser = parser_of(name)
+    parser.check_options(rest)
+    file_of(name).run(parser.parse_args(rest))
+
+
+def parser_of(name: str) -> CommandParser:
+    """Returns the parser of one of these commands."""
+    command = file_of(name)
     parser = CommandParser(
         prog=f"main.py {name}",
         description=command.__doc__,
@@ -51,5 +59,8 @@ def run_command(args: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     command.add_arguments(parser)
-    parser.check_options(rest)
-    command.run(parser.parse_args(rest))
+    return parser
+
+
+def file_of(name: str) -> ModuleType:
+    return importlib.import_module(f"running.commands.{name}")  # what one needs, others do not
