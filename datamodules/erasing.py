@@ -1,8 +1,9 @@
-"""Random erasing (Zhong et al., arXiv 1708.04896): a box of a training image shows the mean colour.
+"""Random erasing (Zhong et al., arXiv 1708.04896): a box of a training image shows one colour.
 
 With probability p a box of 2 to 33% of the image, of aspect 0.3 to 3.3, as `RandomErasing` of
 torchvision draws it: up to ten tries until one is smaller than the image. Boxes of many images are
-drawn at once, and filled after normalisation, on the device.
+drawn at once, and filled after normalisation, on the device, with 0: the mean colour, where the
+normalisation subtracts it, otherwise black.
 """
 
 import math

@@ -64,7 +64,7 @@ class ExitPoints(ImageClassifier):
     def exit_networks(self) -> Mapping[str, MultiExitNetwork]:
         """Returns the networks with exits that are evaluated, by group; see `point_name`.
 
-        That of "" is the whole network. All have as many exits.
+        The key "" is the whole network. All networks have the same number of exits.
         """
         return {"": self.net}
 

@@ -24,7 +24,10 @@ def check_network(net: nn.Module, method: type) -> None:
         method: a LightningModule. What it trains is the type of its argument `net`; one that takes
             plain logits says so by an attribute `takes_logits`.
     """
-    needed = get_type_hints(method.__init__).get("net", nn.Module)
+    try:
+        needed = get_type_hints(method.__init__).get("net", nn.Module)
+    except NameError:  # of an annotation for type checkers alone
+        return
     others: tuple[type, ...] = ()
     if getattr(method, "takes_logits", False):
         others = (MultiExitNetwork, Slimmable)
@@ -50,7 +53,7 @@ def check_network(net: nn.Module, method: type) -> None:
 def check_data(
     net: nn.Module, num_classes: int | None, image_shape: tuple[int, int, int] | None
 ) -> None:
-    """Raises ValueError if the data, as far as it is known, is none for this network.
+    """Raises ValueError if the data, as far as it is known, does not fit this network.
 
     Args:
         net: the network.

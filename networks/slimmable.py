@@ -34,8 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from networks.choices import check_counts, check_numbers
 from networks.initialization import draw_weights
 from networks.narrow import gather
-from networks.rows import numbers_of
-from networks.slimmable_base import BlockGates, Slimmable, check_width
+from networks.slimmable_base import BlockGates, Slimmable, block_gates, check_width
 from networks.slimmable_layers import (
     Activation,
     SlimmableBatchNorm2d,
@@ -226,16 +225,14 @@ class SlimmableNetwork(Slimmable):
         """
         if gates is None:
             return [None] * len(self.units)
-        if isinstance(gates, Tensor) and gates.dim() > 1:
-            raise ValueError("the gates of a slimmable network are one per block, not per sample")
-        gates = numbers_of(gates)
+        gates = block_gates(gates)
         if len(gates) != self.num_blocks:
             raise ValueError(f"{len(gates)} gates for {self.num_blocks} blocks: give one per block")
         rest = iter(gates)
         return [next(rest) if isinstance(u, SlimmableResidual) else None for u in self.units]
 
     def forward(
-        self, images: Tensor, width_mult: WidthMult = 1.0, gates: BlockGates | None = None
+        self, images: Tensor, width_mult: WidthMult | None = None, gates: BlockGates | None = None
     ) -> Tensor:
         """Classifies images.
 
@@ -244,7 +241,7 @@ class SlimmableNetwork(Slimmable):
 
         Args:
             images: (N, C, H, W).
-            width_mult: one ratio, or one per group.
+            width_mult: one ratio, or one per group; None: the widest.
             gates: one per residual block, which scales its branch; where it is 0 the branch is not
                 executed, and its BNs are left alone. None: all are 1.
 
@@ -254,6 +251,7 @@ class SlimmableNetwork(Slimmable):
         Raises:
             ValueError: see `width` and `split_gates`; in evaluation, a width without BN statistics.
         """
+        width_mult = self.widest if width_mult is None else width_mult
         plain = self.kept(width_mult, gates)
         if plain is not None:
             return plain(images)

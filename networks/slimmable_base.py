@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.narrow import KeptWidths
+from networks.rows import numbers_of
 from networks.slimmable_layers import SlimmableBatchNorm2d, Width, WidthMult
 
 BlockGates = Sequence[float] | Tensor
@@ -25,6 +26,17 @@ def check_width(width_mult: WidthMult) -> None:
         fits = isinstance(width_mult, float | int)
     if not fits:
         raise ValueError(f"width is {shown(width_mult)}: give a number, or one per group")
+
+
+def block_gates(gates: BlockGates) -> list[float]:
+    """Returns gates as numbers.
+
+    Raises:
+        ValueError: they are not one per block.
+    """
+    if isinstance(gates, Tensor) and gates.dim() > 1:
+        raise ValueError("the gates of a slimmable network are one per block, not per sample")
+    return numbers_of(gates)
 
 
 class Slimmable(nn.Module):
@@ -74,15 +86,15 @@ class Slimmable(nn.Module):
         if self.training or torch.is_grad_enabled() or captures:
             return None
         check_width(width_mult)
-        key = width_mult if isinstance(width_mult, float | int) else tuple(width_mult)
-        if gates is not None:
-            gates = list(map(float, gates))
+        is_number = isinstance(width_mult, float | int)
+        key = width_mult if is_number else tuple(map(float, width_mult))
+        gates = None if gates is None else tuple(block_gates(gates))
 
         def make() -> tuple[str, nn.Module]:
             width = self.width(width_mult)
             return width.name, self.cut_out(width, gates)
 
-        return self._kept.get(self, (key, gates and tuple(gates)), make)
+        return self._kept.get(self, (key, gates), make)
 
     def is_calibrated(self, width_mult: WidthMult) -> bool:
         """Tells whether every BN has statistics for a width."""

@@ -55,7 +55,7 @@ class NarrowWithExits(MultiExitNetwork):
 
 
 class AtWidth(MultiExitNetwork):
-    """A slimmable network with exits as it is at one width; it holds nothing of its own.
+    """A slimmable network with exits as it is at one width; it has no weights of its own.
 
     In evaluation and without gradients its stages are those of the narrow network that is kept, see
     `networks.narrow.KeptWidths`.
@@ -72,15 +72,7 @@ class AtWidth(MultiExitNetwork):
         super().__init__()
         self.network, self.width_mult, self.gates = network, width_mult, gates
         self.num_classes = network.num_classes
-
-    @property
-    def training(self) -> bool:
-        """That of the network: a view that has its own would forget what became of it."""
-        return self.network.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode  # where torch, and who watches modules, expect it
+        self.training = network.training
 
     @property
     def num_exits(self) -> int:
@@ -123,6 +115,11 @@ class SlimmableWithExits(MultiExitNetwork, Slimmable):
 
     def __init__(self, trunk: SlimmableNetwork, exits_after: Sequence[int] = ()):
         super().__init__()
+        if not isinstance(trunk, SlimmableNetwork):
+            raise ValueError(
+                f"trunk is a {type(trunk).__name__}: give a slimmable network, such as "
+                "SlimmableCifarResNet, or use WithExits"
+            )
         num_units = len(trunk.units) - 1
         check_counts(0, exits_after=exits_after)
         bounds = [-1, *exits_after, num_units]
@@ -189,18 +186,19 @@ class SlimmableWithExits(MultiExitNetwork, Slimmable):
         return AtWidth(self, width_mult, gates)
 
     def forward(
-        self, images: Tensor, width_mult: WidthMult = 1.0, gates: BlockGates | None = None
+        self, images: Tensor, width_mult: WidthMult | None = None, gates: BlockGates | None = None
     ) -> list[Tensor]:
         """Returns the logits (N, num_classes) of every exit, shallow to deep.
 
         Args:
             images: (N, C, H, W).
-            width_mult: one ratio, or one per group.
+            width_mult: one ratio, or one per group; None: the widest.
             gates: one per residual block, see `SlimmableNetwork`.
 
         Raises:
             ValueError: see `SlimmableNetwork`.
         """
+        width_mult = self.widest if width_mult is None else width_mult
         return run_all_exits(self.staged(width_mult, gates), images)
 
     def bounds(self) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ BUILD_ERRORS = (
     *(TypeError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
     NotImplementedError,
 )
-"""What code raises that has not thought of an argument, beside what is told anyway."""
+"""What Python raises of a wrong argument, besides ValueError and OSError."""
 
 
 @contextmanager

@@ -405,7 +405,7 @@ def test_a_command_alone_shows_how_to_begin(words: list[str], capsys) -> None:
     assert main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("python main.py ") for line in lines) == 3
-    assert "experiments/" in lines[-3]
+    assert "experiments/" in lines[-4]
     assert len(lines) < 9
 
 

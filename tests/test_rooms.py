@@ -35,6 +35,7 @@ ALLOWED = {
         *LIGHTNING,
         *{"torch", "torchvision", "jsonargparse", "yaml", "rich", "wandb"},
         *{"archive", "endless", "preemption", "trainer_keys"},
+        "shtab",  # what a shell completes
         *{"onnx", "onnxruntime", "onnxscript", "numpy", "PIL"},  # what leaves the project
         *{"networks", "datamodules", "lightning_modules", "callbacks", "reports", "running"},
     },
