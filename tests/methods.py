@@ -1,7 +1,7 @@
 """What every generic test loops over: a row per method, small enough to train in seconds."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -206,13 +206,13 @@ VARIANTS = (
 )
 
 
-def variants_slow(names: Iterable[str]) -> list[Any]:
+def variants_slow(names: Iterable[str], others: Sequence[str] = VARIANTS) -> list[Any]:
     """Returns rows for a test that takes long."""
     slow = pytest.mark.slow
-    return [pytest.param(name, marks=slow) if name in VARIANTS else name for name in names]
+    return [pytest.param(name, marks=slow) if name in others else name for name in names]
 
 
-EXPENSIVE = variants_slow(METHODS)
+EXPENSIVE = variants_slow(METHODS, (*VARIANTS, "msdnet", "universally_slimmable"))
 
 
 def build(spec: Any) -> Any:

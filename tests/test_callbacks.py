@@ -16,6 +16,7 @@ from callbacks import GradientMagnitudeLogger, SampledTestImages, Table, Through
 from lightning_modules import LitStochasticDepth, WarmupMultiStepLR, survival_probabilities
 from networks import CifarResNet
 from running import AtomicCheckpointIO, CSVHistory, RunCheckpoint
+from running.checkpoint_io import WHOLE
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 
@@ -123,7 +124,7 @@ def test_throughput_counts_training_and_not_validation(monkeypatch: pytest.Monke
 def test_checkpoint_write_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     files = AtomicCheckpointIO()
-    content = {"step": 1, "pytorch-lightning_version": "2"}
+    content = dict.fromkeys(WHOLE, 1)
     files.save_checkpoint(content, path)
     with pytest.raises(Exception, match="pickle"):
         files.save_checkpoint({"step": 2, "function": lambda: None}, path)
@@ -136,7 +137,7 @@ def test_full_disk_leaves_the_old_checkpoint(
 ) -> None:
     path = tmp_path / "last.ckpt"
     files = AtomicCheckpointIO()
-    content = {"step": 1, "pytorch-lightning_version": "2"}
+    content = dict.fromkeys(WHOLE, 1)
     files.save_checkpoint(content, path)
 
     def full(*args: object) -> None:

@@ -16,6 +16,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_recorded_and_killed_is_eager_and_whole(method: str, tmp_path: Path) -> None:
     """On a CPU, where a recording is a call: the weights of every checkpoint to the bit."""

@@ -20,6 +20,7 @@ def experiment(folder: Path, paper: Any, max_epochs: int = 1) -> None:
     (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.slow
 def test_another_number_is_no_other_experiment(tmp_path: Path) -> None:
     """Added to a run, and changed after it has finished."""
     written = tmp_path / "run/config.yaml"

@@ -197,9 +197,7 @@ WITH_CALLBACKS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name not in ("averages", "accumulates")
-        else name
+        pytest.param(name, marks=pytest.mark.slow) if name != "averages" else name
         for name in WITH_CALLBACKS
     ],
 )
@@ -311,6 +309,7 @@ class DropoutNet(nn.Module):
         return self.fc(self.dropout(images.flatten(1)))
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_after_a_kill(tmp_path: Path) -> None:
     config = methods.config("resnet")
     config["model"]["init_args"]["net"] = {"class_path": "test_resume.DropoutNet"}
@@ -374,7 +373,9 @@ def test_bits_that_torch_alone_stumbles_over(tmp_path: Path) -> None:
     assert not silent
 
 
-@pytest.mark.parametrize("damage", ["a block of zeros", "a flipped bit"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param("a block of zeros", marks=pytest.mark.slow), "a flipped bit"]
+)
 def test_checkpoint_that_has_rotted_is_not_gone_on_from(damage: str, tmp_path: Path) -> None:
     config = methods.config("resnet")
     config["trainer"]["max_epochs"] = 2
@@ -424,12 +425,12 @@ class TimePasses(Callback):
 @pytest.mark.parametrize(
     ("changes", "num_steps"),
     [
-        ({"limit_val_batches": 0, "val_check_interval": 1.0}, 10),
-        ({}, 10),
-        ({"accumulate_grad_batches": 2}, 6),  # in the middle of a group
-        ({"val_check_interval": 3}, 10),
+        pytest.param({"limit_val_batches": 0, "val_check_interval": 1.0}, 10, id="unvalidated"),
+        pytest.param({}, 10, id="validated", marks=pytest.mark.slow),
+        # In the middle of a group.
+        pytest.param({"accumulate_grad_batches": 2}, 6, id="accumulated", marks=pytest.mark.slow),
+        pytest.param({"val_check_interval": 3}, 10, id="often", marks=pytest.mark.slow),
     ],
-    ids=["unvalidated", "validated", "accumulated", "validated-often"],
 )
 def test_no_step_is_lost_when_time_is_over(
     changes: dict[str, Any], num_steps: int, tmp_path: Path
@@ -498,11 +499,14 @@ SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_NTASKS_PER_NODE": 
 @pytest.mark.parametrize(
     ("number", "status", "changes"),
     [
-        (signal.SIGUSR1, 75, {}),
-        (signal.SIGUSR2, 75, {"accumulate_grad_batches": 2}),
-        (signal.SIGTERM, 143, {"limit_val_batches": 0, "val_check_interval": 1.0}),
+        pytest.param(signal.SIGUSR1, 75, {}, id="USR1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, 75, {"accumulate_grad_batches": 2}, id="USR2"),
+        pytest.param(
+            *(signal.SIGTERM, 143, {"limit_val_batches": 0, "val_check_interval": 1.0}),
+            id="TERM",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["USR1", "USR2", "TERM"],
 )
 def test_warned_run_saves_and_leaves(
     number: int, status: int, changes: dict[str, Any], tmp_path: Path

@@ -308,6 +308,7 @@ def test_counts_of_slimmable_networks(on_meta, kind):
         assert macs_both_ways(network, width_mult) == (macs, macs, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNIVERSAL)
 def test_counts_of_universally_slimmable_networks(on_meta, kind):
     macs, params = UNIVERSAL[kind]

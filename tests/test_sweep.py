@@ -30,6 +30,7 @@ def what_agent_starts(
     return agent._run_processes[run_id]
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "experiments").symlink_to(launch.ROOT / "experiments")
     # The last two are named so that they are restored: the agent sets them.

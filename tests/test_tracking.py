@@ -438,7 +438,7 @@ def is_wandb(pid: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("warned", [False, True])
+@pytest.mark.parametrize("warned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_run_outlives_wandb(warned: bool, tmp_path: Path) -> None:
     callbacks = [{"class_path": "test_tracking.KillWandb"}]
     if warned:
