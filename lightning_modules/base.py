@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from chance import key_to_seed
 from lightning_modules.answers import PointAnswers, gather_points
 from lightning_modules.fitting import check_data, check_same_network
+from lightning_modules.learning import Batch, LearningModule
 from lightning_modules.losses import LossWatch, stopped
 from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
-from lightning_modules.recipe import NONE, Recipe, mix_images, mix_labels
+from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from lightning_modules.tuned import OptimizerFactory, SchedulerFactory, TunedModule, sgd
 from lightning_modules.tuning import PLAIN, Tuning
 from networks import Capture, CapturedNetwork, count_macs, count_params
-
-Batch = tuple[Tensor, Tensor]
 
 
 class Cost(NamedTuple):
@@ -30,7 +29,7 @@ class Cost(NamedTuple):
     params: int
 
 
-class ImageClassifier(TunedModule):
+class ImageClassifier(LearningModule, TunedModule):
     """Base of the methods; each writes a `training_step`, and `operating_points` if it has several.
 
     Args:
@@ -185,43 +184,6 @@ class ImageClassifier(TunedModule):
     def is_fitting(self) -> bool:
         """Whether a trainer is at hand, and trains."""
         return self._trainer is not None and self._trainer.state.fn == "fit"
-
-    # --- what a step learns from -----------------------------------------------------------------
-
-    def mixed(self, batch: Batch, batch_idx: int) -> Batch:
-        """Returns a training batch as `recipe` mixes it; every `training_step` begins with it.
-
-        Returns:
-            Images (N, C, H, W), and targets for `label_loss`: the labels (N,), or of mixed images
-            the share of every class, (N, num_classes).
-
-        Raises:
-            ValueError: there is one image, and nothing to mix it with.
-        """
-        if not self.recipe.mixes:
-            return batch
-        images, labels = batch
-        if len(images) == 1:
-            if batch_idx and self.trainer.is_last_batch:
-                return batch  # what is left of an epoch
-            raise ValueError(
-                "recipe mixes the images of a batch, and this one holds one image: raise batch_size"
-            )
-        mix = self.recipe.draw(*images.shape[2:], self.seed, self.global_step, batch_idx)
-        if mix is None:
-            return batch
-        return mix_images(images, mix), mix_labels(labels, mix, self.net.num_classes)
-
-    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the cross-entropy with the targets of `mixed`, smoothed as `recipe` says.
-
-        Every loss against labels, of any exit or width, is this one.
-
-        Args:
-            logits: (N, num_classes).
-            targets: see `mixed`.
-        """
-        return F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
 
     # --- training metrics -------------------------------------------------------------------------
 

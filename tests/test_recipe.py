@@ -271,3 +271,29 @@ def test_one_image_that_is_left_of_an_epoch_stays_as_it_is(tmp_path: Path) -> No
         module, datamodule=DigitsDataModule(batch_size=8)
     )
     assert seen == [(8, CLASSES)] * 157 + [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            Recipe(mixup_alpha=0.2),
+            "does not mix as recipe says: call mixed first",
+        ),
+        (
+            Recipe(label_smoothing=0.1),
+            "does not smooth labels as recipe says: take its losses from",
+        ),
+    ],
+)
+def test_a_recipe_that_a_method_does_not_follow_is_no_recipe(
+    recipe: Recipe, message: str, tmp_path: Path
+) -> None:
+    class Naive(ImageClassifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    naive = Naive(methods.build(methods.SMALL_NET), recipe=recipe)
+    with pytest.raises(ValueError, match=f"Naive {message}"):
+        trainer.fit(naive, DigitsDataModule())
