@@ -69,12 +69,16 @@ class Table:
         unlimited = console.options.update(max_width=sys.maxsize)
         if console.measure(table, options=unlimited).maximum > console.width:
             table = self._to_rich(title, [each for each in self.columns if not each.is_extra])
+            left_out = [each.title for each in self.columns if each.is_extra]
+            table.caption = f"in the file, too: {', '.join(left_out)}" if left_out else None
         console.print(table)
 
     def _to_rich(self, title: str, shown: Sequence[Column]) -> RichTable:
         table = RichTable(title=title)
-        for column in shown:
-            table.add_column(column.title, justify="right" if column.format else "left")
+        for number, column in enumerate(shown):
+            # The first is the name of a row, of which no letter may be left out.
+            justify = "right" if column.format else "left"
+            table.add_column(column.title, justify=justify, no_wrap=number == 0, overflow="fold")
         for row in self.rows:
             cells = [pair for pair in zip(self.columns, row, strict=True) if pair[0] in shown]
             texts = ("" if each in (None, "") else format(each, c.format) for c, each in cells)

@@ -166,6 +166,7 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
         raise ValueError(
             f"warmup of {name} is {scheduler.warmup}, and its length {scheduler.length} "
             f"{interval}s: give a shorter one"
+            + (", or set lr_interval to step" if interval == "epoch" else "")
         )
     if isinstance(scheduler, OneCycleLR) and (training_length or 0) > scheduler.total_steps:
         raise ValueError(

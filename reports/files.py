@@ -57,6 +57,17 @@ def read_yaml(path: Path) -> Any:
     return content
 
 
+def last_line(path: Path) -> str:
+    """Returns the last line of a text that is not empty; "" if there is none."""
+    try:
+        with opened(path) as file:
+            file.seek(max(0, path.stat().st_size - 2**12))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line.strip()), "")
+
+
 def read_columns(path: Path, required: Iterable[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Returns the header and the rows of a CSV file; both empty if there is none.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reports.configuration import data_set, device_of, experiment_of, seed_of, settings
-from reports.files import Row, Unreadable, number, part, read_rows, read_yaml, text
+from reports.files import Row, Unreadable, last_line, number, part, read_rows, read_yaml, text
 from reports.history import History, read_history
 from reports.state import BROKEN, FINISHED, is_locked, state_of
 
@@ -95,6 +95,9 @@ class RunRecord:
         return max(0.0, time.time() - self.changed)
 
 
+NOTHING_SAID = "there is no config.yaml that says what is trained"
+
+
 def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
     """Reads a run folder. Never raises for what lies in it: the record's `why` says what is wrong.
 
@@ -113,7 +116,9 @@ def read_run(folder: Path, ask_lock: bool = True) -> RunRecord:
 
     config = attempt(read_yaml, folder / "config.yaml")
     if not isinstance(config, Mapping):
-        problems += [] if problems else ["there is no config.yaml that says what is trained"]
+        refusal = last_line(folder / "error.txt")
+        began = f"training never began: {refusal}" if refusal else NOTHING_SAID
+        problems += [] if problems else [began]
     starts = attempt(read_yaml, folder / "attempts.yaml")
     start = starts[-1] if isinstance(starts, list) and starts else None
     record = RunRecord(folder, experiment_of(folder, config, part(start, "command")))

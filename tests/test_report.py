@@ -354,6 +354,17 @@ def test_a_broken_run_says_why(file: str, content: bytes | None, why: str, tmp_p
     assert why in (report(folder, out=tmp_path / "out"))
 
 
+def test_a_run_that_never_began_says_why(tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(
+        "main.py fit\nTraceback\n  ...\nValueError: no such width\n\n"
+    )
+    record = read_run(tmp_path)
+    assert (record.state, record.why) == (
+        "broken",
+        "training never began: ValueError: no such width",
+    )
+
+
 def test_a_link_in_a_circle_is_walked_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs/resnet/x/seed0", "resnet")
     (tmp_path / "runs/resnet/again").symlink_to(tmp_path / "runs")
