@@ -201,8 +201,11 @@ def test_what_only_chooses_what_is_evaluated_may_differ() -> None:
     other = yaml.safe_load(yaml.safe_dump(config))
     other["model"]["init_args"] |= {"eval_widths": [0.5, 1.0], "budget_macs": 1e6, "seed": 3}
     other["data"]["init_args"] |= {"data_dir": "there", "predict_dir": "images"}
+    trains = {"recipe": {"label_smoothing": 0.1}, "teacher": "labels", "num_widths": 3}
+    other["model"]["init_args"] |= trains
+    other["data"]["init_args"] |= {"random_erasing": 0.5, "horizontal_flip": False}
     assert first_difference(evaluated(config), evaluated(other)) is None
-    assert first_difference(trained(config), trained(other)).startswith("model.init_args.budget")
+    assert first_difference(trained(config), trained(other)).startswith("data.init_args.horizontal")
     other["data"]["init_args"]["split_seed"] = 1
     difference = first_difference(evaluated(config), evaluated(other))
     assert difference == "data.init_args.split_seed is 0 there and 1 here"
