@@ -177,7 +177,7 @@ BAD = {
     ),
     "callback given twice": (
         {"trainer__callbacks": [{"class_path": "callbacks.ThroughputMonitor"}] * 2},
-        "trainer.callbacks has ThroughputMonitor 2 times: keep one",
+        "Found more than one stateful callback of type",
     ),
     "finder of a rate": (
         {"trainer__callbacks": {"class_path": "LearningRateFinder"}},
