@@ -24,6 +24,8 @@ PARTS = {
 """Keys of a checkpoint, by where they are."""
 CHANGING = ("params", "lr", "momentum", "betas", "foreach", "fused", "capturable", "differentiable")
 """Of a group of an optimizer: what a schedule changes, and how a machine computes it."""
+LIKE_WEIGHTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg")
+"""What an optimizer keeps of a weight, in the shape of that weight; others keep other things."""
 
 
 def check_parts(checkpoint: Mapping[str, Any], name: str) -> None:
@@ -75,7 +77,7 @@ def check_structure(
         *(
             f"it is of another schedule than {type(scheduler).__name__}"
             for state, scheduler in zip(saved[1], schedulers, strict=True)
-            if state.keys() != scheduler.state_dict().keys()
+            if _public(state) != _public(scheduler.state_dict())
         ),
     ]
     if differences:
@@ -90,17 +92,29 @@ def _of(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[
         yield f"its groups of parameters are not those of {kind}"
         return
     for there, here in zip(groups, optimizer.param_groups, strict=True):
-        for key in sorted((there.keys() | here.keys()) - set(CHANGING)):
-            if there.get(key) != here.get(key):
-                yield f"{key} of {kind} is {there.get(key)} there and {here.get(key)} here"
-        if missing := [key for key in here if key not in there]:
+        for key in sorted((there.keys() & here.keys()) - set(CHANGING)):
+            if there[key] != here[key]:
+                yield f"{key} of {kind} is {there[key]} there and {here[key]} here"
+        # Another version of torch has more keys than this one, or fewer.
+        missing, unknown = (
+            sorted(one.keys() - other.keys() - set(CHANGING))
+            for one, other in ((here, there), (there, here))
+        )
+        if missing and unknown:
             yield f"it is of another optimizer than {kind}: it has no {missing[0]}"
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     numbers = [each for group in groups for each in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in state["state"].get(number, {}).items():
-            if isinstance(value, torch.Tensor) and value.shape not in ((), parameter.shape):
+        buffers = state["state"].get(number, {})
+        for key in LIKE_WEIGHTS:
+            value = buffers.get(key)
+            if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
                 yield f"{key} of {kind} is of shape {tuple(value.shape)}, its weight of another"
+
+
+def _public(state: Mapping[str, Any]) -> set[str]:
+    """Returns the keys of a schedule's state that every version of torch has."""
+    return {key for key in state if not key.startswith("_")} - {"verbose"}
 
 
 def _refuse(name: str, reason: str) -> None:

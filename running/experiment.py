@@ -18,7 +18,10 @@ MACHINE = ("lazy", "memory_efficient")
 NOT_EVALUATED = (
     *("eval_widths", "exit_thresholds", "exit_criterion", "budget_macs", "budget_ms"),
     *("max_accuracy_drop", "halve_validation"),
-    *("optimizer", "lr_scheduler", "lr_interval", "tuning", "seed"),
+    *("optimizer", "lr_scheduler", "lr_interval", "tuning", "seed", "recipe"),
+    *("teacher", "num_widths", "width_rule", "inplace_distill", "nonuniform"),
+    *("row_counts", "update_dropped_blocks"),
+    *("random_erasing", "augmentation", "crop_padding", "horizontal_flip", "drop_last"),
 )
 OBSERVERS = (
     lightning_callbacks.DeviceStatsMonitor,

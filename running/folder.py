@@ -35,6 +35,7 @@ from running.checkpoint_io import is_damaged
 from running.environment import environment
 from running.experiment import evaluated, first_difference, renamed, trained
 from running.history import CSVHistory
+from running.masking import masked
 from running.tracking import Tracking, current_sweep, describe_wandb, open_wandb
 
 FINISHED = "finished.yaml"
@@ -243,7 +244,9 @@ def _difference(
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    return first_difference(part(complete(renamed(read_yaml(path)))), part(config))
+    # An older one names secrets, which no message may; a default of today may be one.
+    there = masked(complete(masked(renamed(read_yaml(path)))))
+    return first_difference(part(there), part(masked(config)))
 
 
 def _limits(trainer: pl.Trainer) -> dict[str, int]:

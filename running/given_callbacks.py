@@ -1,6 +1,5 @@
 """Callbacks of Lightning that a run cannot have, and what to use in their place."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from pytorch_lightning import Callback
@@ -37,9 +36,6 @@ def check_callbacks(given: Sequence[Callback]) -> None:
                 raise ValueError(reason)
         if isinstance(each, EarlyStopping):
             check_direction(each)
-    for key, number in Counter(each.state_key for each in given).items():
-        if number > 1:
-            raise ValueError(f"trainer.callbacks has {key.split('{')[0]} {number} times: keep one")
 
 
 def check_direction(callback: EarlyStopping) -> None:

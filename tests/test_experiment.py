@@ -12,13 +12,17 @@ import methods
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import LambdaCallback
 from test_cli import assert_one_line, change
+from torch.optim import Optimizer
 
 from callbacks import ThroughputMonitor
 from lightning_modules import ImageClassifier
 from running import load_run
 from running.checkpoint_checks import check_parts, check_structure
 from running.experiment import evaluated, first_difference, renamed, trained
+from running.given_callbacks import check_callbacks
 
 COMMAND = ["fit", "-c", "experiment.yaml", "--run_dir", "run"]
 EMA = "--trainer.callbacks+=EMAWeightAveraging"
@@ -201,8 +205,11 @@ def test_what_only_chooses_what_is_evaluated_may_differ() -> None:
     other = yaml.safe_load(yaml.safe_dump(config))
     other["model"]["init_args"] |= {"eval_widths": [0.5, 1.0], "budget_macs": 1e6, "seed": 3}
     other["data"]["init_args"] |= {"data_dir": "there", "predict_dir": "images"}
+    trains = {"recipe": {"label_smoothing": 0.1}, "teacher": "labels", "num_widths": 3}
+    other["model"]["init_args"] |= trains
+    other["data"]["init_args"] |= {"random_erasing": 0.5, "horizontal_flip": False}
     assert first_difference(evaluated(config), evaluated(other)) is None
-    assert first_difference(trained(config), trained(other)).startswith("model.init_args.budget")
+    assert first_difference(trained(config), trained(other)).startswith("data.init_args.horizontal")
     other["data"]["init_args"]["split_seed"] = 1
     difference = first_difference(evaluated(config), evaluated(other))
     assert difference == "data.init_args.split_seed is 0 there and 1 here"
@@ -255,6 +262,12 @@ def test_changed_argument_of_a_callback_is_named() -> None:
     difference = "trainer.callbacks.EarlyStopping.patience is 2 there and 3 here"
     assert first_difference(one, other) == difference
     assert "trainer.callbacks.EarlyStopping1.patience" in one
+
+
+def test_two_callbacks_without_a_state_may_be_of_one_class() -> None:
+    given: list[Callback] = [LambdaCallback(on_fit_start=print), LambdaCallback(on_fit_end=print)]
+    check_callbacks(given)
+    assert {*given} <= {*Trainer(callbacks=given, logger=False).callbacks}
 
 
 class Unknown:
@@ -348,6 +361,55 @@ def test_a_changed_checkpoint_does_not_go_on(name: str, finished: Path, resumed)
     with pytest.raises(ValueError, match="is of another training, or was changed") as caught:
         check(content, resumed)
     assert reason in str(caught.value)
+
+
+def stepped(kind: type[Optimizer], **arguments: Any) -> tuple[dict[str, Any], SimpleNamespace]:
+    """A checkpoint after one step, and a training of its kind that has not begun."""
+    net = torch.nn.Linear(3, 2)
+
+    def loss() -> torch.Tensor:
+        value = net(torch.ones(4, 3)).square().sum()
+        value.backward()
+        return value
+
+    optimizer = kind(net.parameters(), **arguments)
+    optimizer.step(loss)
+    fresh = SimpleNamespace(
+        optimizers=[kind(net.parameters(), **arguments)], lr_scheduler_configs=[]
+    )
+    states = [optimizer.state_dict()]
+    return {"state_dict": {}, "optimizer_states": states, "lr_schedulers": []}, fresh
+
+
+OPTIMIZERS = [
+    *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "NAdam"),
+    *("RAdam", "RMSprop", "Rprop", "SGD"),
+]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_from_its_own_state_alone(name: str) -> None:
+    module = torch.nn.Module()
+    content, fresh = stepped(getattr(torch.optim, name))
+    check_structure(content, fresh, module, "a.ckpt")
+    other = torch.optim.Adam if name == "SGD" else torch.optim.SGD
+    with pytest.raises(ValueError, match="is of another training"):
+        check_structure(content, stepped(other)[1], module, "a.ckpt")
+
+
+def test_what_another_torch_does_not_know_goes_on() -> None:
+    content, fresh = stepped(torch.optim.Adam)
+    (there,) = content["optimizer_states"][0]["param_groups"]
+    del there["decoupled_weight_decay"]
+    (here,) = fresh.optimizers
+    schedule = torch.optim.lr_scheduler.MultiStepLR(here, [3])
+    fresh.lr_scheduler_configs = [SimpleNamespace(scheduler=schedule)]
+    state = {key: value for key, value in schedule.state_dict().items() if key != "_step_count"}
+    content["lr_schedulers"] = [{**state, "verbose": False, "_is_new": True}]
+    check_structure(content, fresh, torch.nn.Module(), "a.ckpt")
+    content["lr_schedulers"][0]["step_size"] = content["lr_schedulers"][0].pop("milestones")
+    with pytest.raises(ValueError, match="it is of another schedule than MultiStepLR"):
+        check_structure(content, fresh, torch.nn.Module(), "a.ckpt")
 
 
 def test_a_checkpoint_of_nothing_to_go_on_from(finished: Path, tmp_path: Path) -> None:
