@@ -22,6 +22,7 @@ from typing import NamedTuple
 from torch import Tensor, arange
 
 from chance import key_to_seed
+from networks import check_numbers
 
 
 class Mix(NamedTuple):
@@ -59,19 +60,13 @@ class Recipe:
     cutmix_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"recipe.label_smoothing is {self.label_smoothing}: give a share from 0 to below 1 "
-                "(0.1 is usual)"
-            )
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            alpha = getattr(self, name)
-            if alpha is not None and not 0 < alpha < math.inf:
-                raise ValueError(f"recipe.{name} is {alpha}: give a number above 0, or null")
-        for name in ("mix_prob", "cutmix_prob"):
-            prob = getattr(self, name)
-            if not 0 <= prob <= 1:
-                raise ValueError(f"recipe.{name} is {prob}: give a probability from 0 to 1")
+        alphas = [n for n in ("mixup_alpha", "cutmix_alpha") if getattr(self, n) is not None]
+        for interval, names in (
+            ("[0, 1)", ["label_smoothing"]),
+            ("(0, inf)", alphas),
+            ("[0, 1]", ["mix_prob", "cutmix_prob"]),
+        ):
+            check_numbers(interval, **{f"recipe.{name}": getattr(self, name) for name in names})
         if self.mix_prob != 1 and not self.mixes:
             raise ValueError(
                 "recipe.mix_prob is given and nothing is mixed: give recipe.mixup_alpha or "

@@ -17,12 +17,16 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
+from networks import check_counts
+
 Interval = Literal["epoch", "step"]
 LEAST = {
     **dict.fromkeys(("T_max", "T_0", "step_size", "total_iters", "total_steps"), 1),
-    **dict.fromkeys(("warmup", "eta_min", "power"), 0),
+    **dict.fromkeys(("eta_min", "power"), 0),
 }
 """The least that arguments may be: below it torch divides by 0, or the rate is negative."""
+MANY_STEPS = 10**9
+"""More than any training has."""
 
 
 class WarmupMultiStepLR(LambdaLR):
@@ -36,6 +40,9 @@ class WarmupMultiStepLR(LambdaLR):
         optimizer: holds the base rate.
         milestones: where the rate falls.
         warmup: length of the warm-up.
+
+    Raises:
+        ValueError: a length that is no whole number.
     """
 
     def __init__(self, optimizer: Optimizer, milestones: Sequence[int], warmup: int):
@@ -44,6 +51,7 @@ class WarmupMultiStepLR(LambdaLR):
                 return 0.1
             return 0.1 ** sum(time >= milestone for milestone in milestones)
 
+        _check_time(self, 0, warmup=warmup)
         self.milestones = list(milestones)
         self.warmup = warmup
         super().__init__(optimizer, factor)
@@ -58,14 +66,12 @@ class FittedLR(LambdaLR):
             the training has, whatever that is.
 
     Raises:
-        ValueError: a run goes on with another length, which is another schedule.
+        ValueError: a wrong length, or a run goes on with another one, which is another schedule.
     """
 
     def __init__(self, optimizer: Optimizer, length: int | None):
-        if length is not None and length < 1:
-            raise ValueError(
-                f"the length of {type(self).__name__} is {length}: give 1 or more, or null"
-            )
+        if length is not None:
+            _check_time(self, 1, length=length)
         self.length = length
         super().__init__(optimizer, lambda time: self.factor(time))
 
@@ -107,9 +113,13 @@ class WarmupCosineLR(FittedLR):
     Args:
         optimizer, length: see `FittedLR`.
         warmup: length of the warm-up, in the same unit.
+
+    Raises:
+        ValueError: a length that is no whole number.
     """
 
     def __init__(self, optimizer: Optimizer, warmup: int = 0, length: int | None = None):
+        _check_time(self, 0, warmup=warmup)
         self.warmup = warmup
         super().__init__(optimizer, length)
 
@@ -183,6 +193,11 @@ def check_schedule(scheduler: Any, training_length: float | None, interval: Inte
             f"{name} changes the rate until {interval} {last_change}, and the training ends after "
             f"{training_length}: change one of the two numbers"
         )
+
+
+def _check_time(scheduler: LRScheduler, least: int, **times: int) -> None:
+    names = {f"{name} of {type(scheduler).__name__}": time for name, time in times.items()}
+    check_counts(least, MANY_STEPS, **names)
 
 
 def _check_arguments(scheduler: Any, name: str) -> None:

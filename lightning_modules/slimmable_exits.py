@@ -16,7 +16,6 @@ Differences from these papers:
     * Gates are those of the step, not of a width: teacher and students have the same depth.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import mul
@@ -63,6 +62,7 @@ from networks import (
     SlimmableWithExits,
     check_choice,
     check_counts,
+    check_numbers,
     count_macs,
     count_params,
     count_params_run,
@@ -85,8 +85,8 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
         net: a slimmable network with exits; with `exits_after` empty it has the last one alone.
         eval_widths: widths that are evaluated beside the widest; None: all `width_mults`, or both
             ends of the `width_mult_range`.
-        num_widths: of a `width_mult_range`, widths per step, the widest and the narrowest included.
-            All `width_mults` are in every step.
+        num_widths: of a `width_mult_range`, widths per step, the widest and the narrowest included;
+            None: 4. All `width_mults` are in every step.
         teacher: of the widths below the widest: its "last_exit" or its "same_exit", as they are in
             the same step, or the "labels".
         exit_loss_weights: one per exit, shallow to deep; None: 1 each.
@@ -108,9 +108,10 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
         gates: those of the latest step, (num_blocks,).
 
     Raises:
-        ValueError: fewer than two widths per step, a width that the network does not have, wrong
-            weights or thresholds, what needs early exits where there is none, survival without
-            residual blocks, or a fit that validates shared BNs without recalibration.
+        ValueError: fewer than two widths per step, or their number beside `width_mults`, a width
+            that the network does not have, wrong weights or thresholds, what needs early exits
+            where there is none, survival without residual blocks, or a fit that validates shared
+            BNs without recalibration.
     """
 
     needs_exits = False
@@ -119,7 +120,7 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
         self,
         net: SlimmableWithExits,
         eval_widths: Sequence[float] | None = None,
-        num_widths: int = 4,
+        num_widths: int | None = None,
         teacher: Teacher = "last_exit",
         exit_loss_weights: Sequence[float] | None = None,
         final_survival_prob: float = 1.0,
@@ -142,15 +143,20 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
             *(optimizer, lr_scheduler, lr_interval, seed, tuning, recipe),
         )
         given = ["exit_thresholds"] if exit_thresholds is not None else []
-        for name in given + self.needs_validation() if net.num_exits == 1 else []:
-            raise ValueError(f"{name} needs early exits: set the network's exits_after")
+        given += self.needs_validation()
+        if given and net.num_exits == 1:
+            raise ValueError(f"{given[0]} needs early exits: set the network's exits_after")
         check_num_exits(net.num_exits)
         check_choice("teacher", teacher, Teacher)
-        check_counts(2, MAX_WIDTHS, num_widths=num_widths)
-        self.num_widths, self.teacher = num_widths, teacher
+        if num_widths is not None and net.width_mults is not None:
+            raise ValueError(
+                f"num_widths is {num_widths}, but all width_mults are in every step: drop it, or "
+                "give the network a width_mult_range"
+            )
+        self.num_widths, self.teacher = 4 if num_widths is None else num_widths, teacher
+        check_counts(2, MAX_WIDTHS, num_widths=self.num_widths)
         self.exit_loss_weights = check_weights(exit_loss_weights, net.num_exits)
-        if not all(0 < weight < math.inf for weight in self.exit_loss_weights):
-            raise ValueError(f"exit_loss_weights {self.exit_loss_weights}: give positive numbers")
+        check_numbers("(0, inf)", exit_loss_weights=self.exit_loss_weights)
         self._set_depth(final_survival_prob, decay)
         self._set_widths(self.steady_widths if eval_widths is None else eval_widths)
         self.widths: list[float] = []

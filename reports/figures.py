@@ -78,7 +78,7 @@ def cost_row(
     return {
         "experiment": experiment.name,
         "point": point.name,
-        "kind": kind_of(point),
+        "kind": kind_of(point, [each.name for each in experiment.points]),
         "seeds": ", ".join("?" if seed is None else str(seed) for seed in point.seeds),
         "acc": acc.mean,
         "low": acc.mean - spread,
@@ -89,11 +89,19 @@ def cost_row(
     }
 
 
-def kind_of(point: PointSummary) -> str:
+def kind_of(point: PointSummary, names: Sequence[str]) -> str:
     """Returns what tells points of one experiment that lie on different curves.
 
-    MSDNet's ensembles of exits, say, cost what their last exit does.
+    MSDNet's ensembles of exits, say, cost what their last exit does. A width with exits has curves
+    of its own: "w0.5" is the last of "w0.5_exit1", "w0.5_exit2".
+
+    Args:
+        point: the point.
+        names: of all points of the experiment.
     """
+    width = point.name.partition("_")[0]
+    if f"{width}_exit1" in names:
+        return f"{width}: {ADAPTIVE if point.is_adaptive else FIXED}"
     if point.is_adaptive:
         return ADAPTIVE
     family = point.name.rstrip("0123456789.")

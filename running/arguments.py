@@ -45,6 +45,10 @@ class StrictParser(LightningArgumentParser):
     needed here are handed on as they come.
     """
 
+    def __init__(self, *rest: Any, **options: Any):
+        # Those of classes are made without the options of the whole.
+        super().__init__(*rest, **options | {"allow_abbrev": False})
+
     def parse_args(
         self, args: Sequence[str] | None = None, *rest: Any, **options: Any
     ) -> Namespace:

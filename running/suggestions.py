@@ -1,6 +1,8 @@
 """What a user may have meant: classes by their short names, and the nearest name that exists."""
 
 import ast
+import contextlib
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -8,7 +10,7 @@ import re
 from argparse import Action
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 EXPERIMENTS = "experiments"
 KINDS = {
@@ -21,6 +23,11 @@ KINDS = {
     "lr_scheduler": ("lightning_modules", "torch.optim.lr_scheduler"),
 }
 """Where the classes are that an argument may name; ours come first."""
+UNNAMED = (
+    *("ImageClassifier", "MultiExitClassifier", "MultiExitNetwork", "SlimmableNetwork"),
+    *("ImageDataModule", "InMemoryDataModule", "ResidualNetwork", "AtWidth", "NarrowWithExits"),
+)
+"""Of these, bases and what others make, no YAML can name one."""
 LIKE = 0.6
 """How alike two names have to be, of 1."""
 
@@ -131,6 +138,8 @@ def hint(message: str, actions: Sequence[Action], given: Mapping[str, str]) -> s
     options = [*_options(actions), *given]
     if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         return did_you_mean(found[1].rstrip("+"), options, "--")
+    if found := re.search(r"'([\w.]+)': Group '(\w+)' does not accept option '(\w+)'", message):
+        return did_you_mean(found[3], _fields(found[1], found[2]))
     if found := re.search(r"does not accept option '([\w.]+)'", message):
         place = f" (in {given[found[1]]})" if found[1] in given else ""
         return place + did_you_mean(found[1], [name for name in options if name != found[1]])
@@ -183,6 +192,15 @@ def _arguments(class_path: str) -> list[str]:
     return [name for each in functions for name in inspect.signature(each).parameters]
 
 
+def _fields(class_path: str, argument: str) -> list[str]:
+    """Returns the names of the fields of an argument of a class that is a dataclass."""
+    module, _, name = class_path.rpartition(".")
+    constructor = getattr(importlib.import_module(module), name).__init__
+    with contextlib.suppress(KeyError, NameError, TypeError):  # of a class of the user's
+        return [each.name for each in dataclasses.fields(get_type_hints(constructor)[argument])]
+    return []
+
+
 def _nearest_class(name: str, keys: Sequence[str]) -> str:
     kinds = [part for key in reversed(keys) for part in reversed(key.split(".")) if part in KINDS]
     packages = KINDS[kinds[0]] if kinds else KINDS["model"] + KINDS["net"] + KINDS["callbacks"]
@@ -192,15 +210,15 @@ def _nearest_class(name: str, keys: Sequence[str]) -> str:
 
 
 def _classes_of(base: str) -> str:
-    """Returns the end of a message: the classes that have a base, if it is one of ours."""
+    """Returns the end of a message: the classes to name for a base, if it is one of ours."""
     for package in dict.fromkeys(package for packages in KINDS.values() for package in packages):
         module = importlib.import_module(package)
         kind = getattr(module, base, None)
         if inspect.isclass(kind) and hasattr(module, "__all__"):
             values = {name: getattr(module, name) for name in module.__all__}
             ours = [name for name, value in values.items() if inspect.isclass(value)]
-            fitting = [name for name in ours if issubclass(values[name], kind) and name != base]
-            return f": give one of {', '.join(fitting)}"
+            fitting = [name for name in ours if issubclass(values[name], kind)]
+            return f": give one of {', '.join(each for each in fitting if each not in UNNAMED)}"
     return ""
 
 

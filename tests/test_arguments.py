@@ -369,6 +369,9 @@ TYPOS = {
     "--model.init_args.optimizer.init_args.momentun=0": "momentum",
     "--config=experiments/quikstart.yaml": "experiments/quickstart.yaml",
     f"--model.init_args.lr_scheduler={SCHEDULE}": "step_size",
+    "--model.init_args.recipe.mixup=0.2": "--recipe.mixup_alpha",
+    "--model.init_args.recipe={mixup: 0.2}": "mixup_alpha",
+    "--model.init_args.tuning.weight=x.ckpt": "--tuning.weights",
 }
 
 
@@ -376,6 +379,13 @@ TYPOS = {
 def test_a_typo_is_told_what_it_may_mean(typo: str, parse, monkeypatch) -> None:
     monkeypatch.chdir(launch.ROOT)
     assert_refused(parse, (typo,), f": did you mean {TYPOS[typo]}?")
+
+
+def test_a_class_of_another_kind_is_told_which_there_are(parse) -> None:
+    """Without those that no YAML can name."""
+    words = "--model=LitBranchyNet", "--model.init_args.net=CifarResNet"
+    line = "give one of BranchyAlexNet, BranchyLeNet, BranchyResNet, MSDNet, ResNetWithExits, "
+    assert_refused(parse, words, f"{line}SlimmableWithExits, WithExits")
 
 
 def test_a_key_that_no_class_has_is_told_with_its_file(parse, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_every_point_is_what_the_checkpoint_says(
     for kind in ("onnx", "torch"):
         ((_, classify, _),) = write(run, point, taken, kind, tmp_path / kind)
         for size in (7, 1):
-            found = compare(run, taken, images, ours, in_batches(classify, images, size))
+            found = compare(run, point, images, ours, in_batches(classify, images, size))
             assert found.num_same_classes == len(images)
             assert found.difference < 1e-4
     assert all(map(torch.equal, before, run.module.parameters()))
@@ -344,7 +344,7 @@ def with_thresholds(thresholds: list[float], adaptive: Adaptive, folder: Path) -
 def test_early_exit_is_what_the_checkpoint_says(
     adaptive: Adaptive, digits: tuple[ImageFormat, Tensor]
 ) -> None:
-    run, point, images = adaptive.run, adaptive.point, digits[1]
+    run, images = adaptive.run, digits[1]
     ours = in_batches(checkpoint(run, "adaptive"), images, 64)
     assert set(ours.exits.tolist()) == {1, 2, 3}
     for classify in (
@@ -352,7 +352,7 @@ def test_early_exit_is_what_the_checkpoint_says(
         stages_classifier(stages_folder(adaptive.file)),
     ):
         for size in (1, 7, 60):
-            found = compare(run, point, images, ours, in_batches(classify, images, size))
+            found = compare(run, "adaptive", images, ours, in_batches(classify, images, size))
             assert found.num_same_exits == found.num_same_classes == 60
             assert found.difference < 1e-4
 
@@ -449,19 +449,38 @@ def test_files_say_what_they_are(adaptive: Adaptive) -> None:
 
 def test_answers_that_differ_are_refused(digits: tuple[ImageFormat, Tensor]) -> None:
     run = fake_run("branchynet", digits)
-    point, images = take_out(run, "adaptive"), digits[1]
+    images = digits[1]
     ours = in_batches(checkpoint(run, "adaptive"), images, 64)
-    assert compare(run, point, images, ours, ours).difference == 0
+    assert compare(run, "adaptive", images, ours, ours).difference == 0
     probabilities = ours.probabilities.clone()
     probabilities[3, 0] += 0.01
     with pytest.raises(ValueError, match=r"not written.*differ by 1\.0e-02"):
-        compare(run, point, images, ours, Answers(probabilities, ours.exits))
+        compare(run, "adaptive", images, ours, Answers(probabilities, ours.exits))
     with pytest.raises(ValueError, match="not written"):
-        compare(run, point, images, ours, Answers(probabilities * math.nan, ours.exits))
+        compare(run, "adaptive", images, ours, Answers(probabilities * math.nan, ours.exits))
     exits = ours.exits.clone()
     exits[5] = exits[5] % 3 + 1
     with pytest.raises(ValueError, match="1 of 60 images take another exit"):
-        compare(run, point, images, ours, Answers(ours.probabilities, exits))
+        compare(run, "adaptive", images, ours, Answers(ours.probabilities, exits))
+
+
+def test_an_edge_is_one_of_the_width_that_a_point_has(digits: tuple[ImageFormat, Tensor]) -> None:
+    run, images = fake_run("slimmable_exits", digits), digits[1]
+    (name,) = (name for name in run.module.early_points() if name.startswith("w"))
+    with torch.no_grad():
+        first, *_ = run.module.network_of(name)(run.image_format.normalize(images))
+    edge = exit_score(first, run.module.exit_criterion)[7].item()
+    run.module.given_thresholds = [edge, *run.module.given_thresholds[1:]]
+    ours = in_batches(checkpoint(run, name), images, 64)
+    for index in (7, 8):
+        exits = ours.exits.clone()
+        exits[index] = 2 if exits[index] == 1 else 1
+        theirs = Answers(ours.probabilities, exits)
+        if index == 7:
+            assert compare(run, name, images, ours, theirs).num_same_exits == 59
+        else:
+            with pytest.raises(ValueError, match="1 of 60 images take another exit"):
+                compare(run, name, images, ours, theirs)
 
 
 def test_images_of_a_folder_are_what_predict_sees(
@@ -477,14 +496,14 @@ def test_images_of_a_folder_are_what_predict_sees(
 
 def test_ties_are_no_difference(digits: tuple[ImageFormat, Tensor]) -> None:
     run = fake_run("resnet", digits)
-    point, images = take_out(run, "full"), digits[1][:2]
+    images = digits[1][:2]
     tie = torch.tensor([[0.5, 0.499999], [0.9, 0.1]])
     other = torch.tensor([[0.499999, 0.5], [0.9, 0.1]])
-    found = compare(run, point, images, Answers(tie), Answers(other))
+    found = compare(run, "full", images, Answers(tie), Answers(other))
     assert found.num_same_classes == 1
     near, other = torch.tensor([[0.5003, 0.4997]]), torch.tensor([[0.4997, 0.5003]])
     with pytest.raises(ValueError, match="0 same classes"):
-        compare(run, point, images[:1], Answers(near), Answers(other))
+        compare(run, "full", images[:1], Answers(near), Answers(other))
 
 
 def test_nothing_is_left_of_what_failed(tmp_path: Path) -> None:

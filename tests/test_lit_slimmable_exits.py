@@ -269,12 +269,14 @@ def mobilenet() -> SlimmableWithExits:
     [
         (network, {"eval_widths": [0.1]}, "width 0.1 is outside the range 0.25 to 1"),
         (network, {"num_widths": 1}, "num_widths is 1: give a whole number from 2"),
+        (partial(network, **SWITCHES), {"num_widths": 4}, "num_widths is 4, but all width_mults"),
         (network, {"exit_loss_weights": [1, 1]}, "2 exit_loss_weights for 3 exits: give one per"),
         (
             network,
             {"exit_loss_weights": [1, 0, 1]},
-            r"exit_loss_weights \[1, 0, 1\]: give",
+            r"exit_loss_weights is \[1, 0, 1\]: give numbers in \(0, inf\)",
         ),
+        (network, {"exit_loss_weights": ["a", 1, 1]}, r"exit_loss_weights is \['a', 1, 1\]: give"),
         (network, {"exit_thresholds": [1.0]}, "1 exit thresholds for 3 exits: give 2"),
         (network, {"teacher": "best"}, "teacher"),
         (mobilenet, {"final_survival_prob": 0.5}, "has no residual blocks to close: leave final_"),

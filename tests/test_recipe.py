@@ -236,19 +236,22 @@ def test_shares_of_classes_are_not_rounded_by_mixed_precision() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0: give a share from 0 to below 1"),
+        ({"label_smoothing": 1.0}, r"recipe.label_smoothing is 1.0: give a number in \[0, 1\)"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1: give"),
         ({"label_smoothing": math.nan}, "label_smoothing is nan: give"),
-        ({"mixup_alpha": 0.0}, "mixup_alpha is 0.0: give a number above 0, or null"),
-        ({"cutmix_alpha": -1.0}, "cutmix_alpha is -1.0: give a number above 0"),
-        ({"mixup_alpha": math.inf}, "mixup_alpha is inf: give a number above 0"),
-        ({"mixup_alpha": 1.0, "mix_prob": 1.5}, "mix_prob is 1.5: give a probability from 0 to 1"),
-        ({"cutmix_prob": -0.5}, "cutmix_prob is -0.5: give a probability"),
+        ({"label_smoothing": None}, "label_smoothing is None: give"),
+        ({"mixup_alpha": True}, "mixup_alpha is True: give"),
+        ({"mixup_alpha": "0.2"}, "mixup_alpha is '0.2': give"),
+        ({"mixup_alpha": 0.0}, r"recipe.mixup_alpha is 0.0: give a number in \(0, inf\)"),
+        ({"cutmix_alpha": -1.0}, "cutmix_alpha is -1.0: give a number in"),
+        ({"mixup_alpha": math.inf}, "mixup_alpha is inf: give a number in"),
+        ({"mixup_alpha": 1.0, "mix_prob": 1.5}, r"mix_prob is 1.5: give a number in \[0, 1\]"),
+        ({"cutmix_prob": -0.5}, "cutmix_prob is -0.5: give a number"),
         ({"mix_prob": 0.5}, "mix_prob is given and nothing is mixed: give recipe.mixup_alpha"),
         ({"mixup_alpha": 1.0, "cutmix_prob": 0.2}, "chooses between two: give recipe.mixup_alpha"),
     ],
 )
-def test_mistake_is_one_line(arguments: dict[str, float], message: str) -> None:
+def test_mistake_is_one_line(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**arguments)
 

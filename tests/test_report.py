@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from run_folders import CLASSES, HOSTILE, METHODS, accuracy, make_all, make_run,
 
 from reports import experiments_of, pareto_front, read_run, run_figures, write_report
 from reports.configuration import settings
+from reports.figures import kind_of
 from running import main
 
 COMPARED = {"accuracy_macs", "accuracy_ms", "accuracy_params", "learning_accuracy"}
@@ -147,6 +149,33 @@ def test_times_of_two_devices_are_on_no_common_axis(tmp_path: Path) -> None:
     shown = [json.dumps(spec) for spec in timed.values()]
     assert sorted("w0.25" in text for text in shown) == [False, True]
     assert {row["device"] for row in points(tmp_path / "out")} == {"NVIDIA H200", "x86_64, 2 cores"}
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        [["w0.25", "w0.5", "full"]],
+        [["exit1", "exit2", "full"], ["adaptive_knee", "adaptive_best"]],
+        [["exit1", "full"], ["ensemble1", "ensemble2"]],
+        [
+            ["exit1", "exit2", "full"],
+            ["w0.25_exit1", "w0.25_exit2", "w0.25"],
+            ["w0.5_exit1", "w0.5_exit2", "w0.5"],
+            ["w0.5_knee", "w0.5_best"],
+            ["adaptive_knee", "accuracy_budget"],
+        ],
+    ],
+    ids=["widths", "exits", "ensembles", "widths and exits"],
+)
+def test_each_family_of_points_has_a_curve(curves: list[list[str]]) -> None:
+    names = [name for curve in curves for name in curve]
+    kinds = []
+    for curve in curves:
+        is_adaptive = curve[0].endswith("_knee")
+        points = [SimpleNamespace(name=name, is_adaptive=is_adaptive) for name in curve]
+        kinds.append({kind_of(point, names) for point in points})
+    assert [len(kind) for kind in kinds] == [1] * len(curves)
+    assert len(set.union(*kinds)) == len(curves)
 
 
 def test_data_sets_share_no_axis(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def check_and_time(
     print(f"checking {name} of {run.folder} on {source}")
     for path, classify, batch_sizes in write(run, name, point, kind, file):
         theirs = in_batches(classify, images, batch_sizes[0])
-        print(f"{path.name}: {compare(run, point, images, answers, theirs)}")
+        print(f"{path.name}: {compare(run, name, images, answers, theirs)}")
         for size in batch_sizes:
             print(f"  {time_both(ours, classify, images, size)}")
         if theirs.exits is not None and 1 in batch_sizes:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from datamodules import ImageDataModule, ImageFormat, ImagesToClassify
 from networks import exit_score, median_seconds, run_to_exit
-from running.exporting.pieces import EarlyExit, Network
 from running.loading import LoadedRun, build, read_config
 
 NUM_IMAGES = 1000
@@ -120,10 +119,8 @@ class Agreement(NamedTuple):
         )
 
 
-def compare(
-    run: LoadedRun, point: Network | EarlyExit, images: Tensor, ours: Answers, theirs: Answers
-) -> Agreement:
-    """Compares the answers of the checkpoint (`ours`) and of an export.
+def compare(run: LoadedRun, name: str, images: Tensor, ours: Answers, theirs: Answers) -> Agreement:
+    """Compares what the checkpoint (`ours`) and an export answer at an operating point.
 
     Raises:
         ValueError: a probability differs by more than `MAX_DIFFERENCE` or is not finite, or a class
@@ -132,7 +129,7 @@ def compare(
     same_exit = torch.ones(len(images), dtype=torch.bool)
     if ours.exits is not None:
         same_exit = ours.exits == theirs.exits
-        check_exits(run, point, images[~same_exit], ours, theirs, ~same_exit)
+        check_exits(run, name, images[~same_exit], ours, theirs, ~same_exit)
     differences = (ours.probabilities - theirs.probabilities).abs().amax(1)[same_exit]
     difference = differences.max().item() if len(differences) else 0.0
     labels, other_labels = ours.probabilities.argmax(1), theirs.probabilities.argmax(1)
@@ -154,23 +151,20 @@ def compare(
 
 
 def check_exits(
-    run: LoadedRun,
-    point: EarlyExit,
-    images: Tensor,
-    ours: Answers,
-    theirs: Answers,
-    rows: Tensor,
+    run: LoadedRun, name: str, images: Tensor, ours: Answers, theirs: Answers, rows: Tensor
 ) -> None:
     """Raises ValueError if images that take another exit were not on the edge of doing so."""
     if not len(images):
         return
+    # With the width, gates and temperatures of the point: its thresholds are for their scores.
+    network, thresholds = run.module.network_of(name), run.module.early_points()[name].thresholds
     first = torch.minimum(ours.exits[rows], theirs.exits[rows]) - 1
     for index in first.unique().tolist():
         with torch.no_grad():
             chosen = run.image_format.normalize(images[first == index])
-            logits = run_to_exit(run.net, index, chosen)
-        scores = exit_score(logits, point.criterion)
-        if not ((scores - point.thresholds[index]).abs() < TIE).all():
+            logits = run_to_exit(network, index, chosen)
+        scores = exit_score(logits, run.module.exit_criterion)
+        if not ((scores - thresholds[index]).abs() < TIE).all():
             raise ValueError(
                 f"not written, as it differs from the checkpoint: {len(images)} of "
                 f"{len(rows)} images take another exit"
