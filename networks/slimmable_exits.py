@@ -75,6 +75,15 @@ class AtWidth(MultiExitNetwork):
         self.training = network.training
 
     @property
+    def training(self) -> bool:
+        """That of the network: a view that has its own would forget what became of it."""
+        return self.network.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode  # where torch, and who watches modules, expect it
+
+    @property
     def num_exits(self) -> int:
         return self.network.num_exits
 

@@ -22,6 +22,7 @@ from networks import (
     recalibrate,
     run_to_exit,
 )
+from networks.recorded_exits import NetworkWatch
 from networks.slimmable_units import SlimmableResidual
 
 RANGE = {"width_mult_range": (0.35, 1.0)}
@@ -227,6 +228,13 @@ def test_leaving_early_at_a_width_is_its_exit_of_the_full_pass(name: str, gated:
     with torch.no_grad():
         assert torch.equal(run_to_exit(at_width, 1, x), logits[1])
     assert count_exit_macs(at_width, x[:1]) == count_exit_macs(extract(net, 0.35), x[:1])
+
+
+def test_a_view_of_a_network_that_answers_can_be_recorded() -> None:
+    view = network().at(0.35)
+    assert not NetworkWatch(view).is_training()
+    view.network.train()
+    assert NetworkWatch(view).is_training()
 
 
 def test_a_view_sees_what_becomes_of_the_network() -> None:

@@ -171,7 +171,7 @@ def test_a_network_that_a_method_does_not_train_is_refused_and_one_is_named(name
         (lambda x: networks.CifarResNet(8)(x, gates=0.5), "gates is 0.5: give one number per"),
         (lambda x: networks.CifarResNet(8)(x, gates=torch.tensor(1.0)), "gates is 1.0: give one"),
         (lambda x: networks.CifarResNet(8)(x, gates=[None] * 3), "give one number per block"),
-        (lambda x: universal()(x, width_mult=None), "width is None: give a number, or one per"),
+        (lambda x: universal()(x, width_mult="1"), "width is '1': give a number, or one per"),
         (lambda x: universal()(x, width_mult=torch.tensor(0.5)), "give a number, or one per"),
         (lambda x: networks.recalibrate(universal(), [x[:0]]), "no training images to recalib"),
     ],
