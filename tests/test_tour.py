@@ -85,7 +85,14 @@ def test_however_a_tour_ends_its_runs_end_and_the_same_command_goes_on(
     how: signal.Signals, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / "main.py"), "tour", "--dir", str(tmp_path / "tour")]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Tests that were started in the background ignore it, and what they start would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while not list(tmp_path.glob("tour/*/*/seed0/last.ckpt")):
         assert process.poll() is None
         time.sleep(0.1)
