@@ -194,13 +194,13 @@ class ImageFolderDataModule(ImageDataModule):
             f"val_size is {self.val_size} of {len(train)} training images: lower it",
         )
         others: dict[Split, list[tuple[str, int]]] = {}
-        if not self.val_size and not (root / "val").is_dir():
+        if (root / "val").is_dir():
+            others["val"] = others["test"] = list_labelled(root / "val", self._classes)
+        elif not self.val_size:
             raise FileNotFoundError(
                 f"looked for {root}/val/<class>/*: put one folder per class there, or hold out "
                 "images of train by val_size"
             )
-        if not self.val_size or (root / "val").is_dir():
-            others["val"] = others["test"] = list_labelled(root / "val", self._classes)
         if (root / "test").is_dir():
             others["test"] = list_labelled(root / "test", self._classes)
         if self.predict_dir is not None:

@@ -46,7 +46,7 @@ WITHIN = "accuracy_budget"
 
 
 class ExitPoints(ImageClassifier):
-    """What `MultiExitClassifier` evaluates; that sets the attributes, and says what they are."""
+    """Operating points of networks with exits. `MultiExitClassifier` documents the attributes."""
 
     calibrate_exits: bool
     max_accuracy_drop: float | None

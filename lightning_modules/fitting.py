@@ -106,7 +106,7 @@ def try_out(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
         try:
             on_meta(net, training=True)(torch.empty(2, *image_shape, device="meta"))
             return
-        except Exception:  # its own, or since it asks for numbers
+        except Exception:  # of the network, or of a layer that needs numbers: with them, below
             pass
         try:
             copied = copy.deepcopy(net).cpu().train()

@@ -67,7 +67,9 @@ class LearningModule(pl.LightningModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
         recipe, name = self.recipe, type(self).__name__
         if recipe.mixes and not self._mixes:
-            raise ValueError(f"{name} does not mix as recipe says: call mixed first")
+            raise ValueError(
+                f"{name} does not mix as recipe says: begin its training_step with mixed"
+            )
         if recipe.label_smoothing and not self._smoothes:
             raise ValueError(
                 f"{name} does not smooth labels as recipe says: take its losses from label_loss"

@@ -3,7 +3,7 @@
 Differences from the released code: see `lightning_modules.slimmable`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,6 +78,19 @@ class SandwichTraining(ImageClassifier):
         with torch.autocast(self.device.type, enabled=False):
             loss = loss / self.trainer.accumulate_grad_batches
             self.backward(self.trainer.precision_plugin.pre_backward(loss, self))
+
+
+def evaluated_widths(net: Slimmable, widths: Sequence[float]) -> list[float]:
+    """Returns widths, and the widest of a network, narrow to wide; of one name there is one."""
+    return sorted({float(net.width(width).name) for width in [*widths, net.widest]})
+
+
+def zero_of(parameters: Iterable[Tensor]) -> Tensor:
+    """Returns 0, as a function of parameters that the last width of a step may not have run.
+
+    DDP synchronises the gradients of what the last backward reaches.
+    """
+    return 0 * torch.cat([parameter.flatten() for parameter in parameters]).sum()
 
 
 def draw_widths(

@@ -32,7 +32,13 @@ from lightning_modules.base import (
 from lightning_modules.fitting import check_network
 from lightning_modules.metrics import FULL
 from lightning_modules.recipe import NONE, Recipe
-from lightning_modules.sandwich import MAX_WIDTHS, SandwichTraining, draw_widths
+from lightning_modules.sandwich import (
+    MAX_WIDTHS,
+    SandwichTraining,
+    draw_widths,
+    evaluated_widths,
+    zero_of,
+)
 from lightning_modules.schedules import Interval
 from networks import (
     SlimmableNetwork,
@@ -74,9 +80,7 @@ class SlimmableClassifier(SandwichTraining):
         super().__init__(net, optimizer, lr_scheduler, lr_interval, seed, tuning, recipe)
         if len(eval_widths) == 0:
             raise ValueError("eval_widths is empty: give one width or more")
-        widest = max(net.width_mults or net.width_mult_range)
-        # Made of the names, so that widths of one name are one point.
-        self.eval_widths = sorted({float(net.width(w).name) for w in [*eval_widths, widest]})
+        self.eval_widths = evaluated_widths(net, eval_widths)
 
     # --- operating points -------------------------------------------------------------------------
 
@@ -153,15 +157,10 @@ class LitSlimmable(SlimmableClassifier):
             if width != self.widths[-1]:
                 self.backward_now(loss)
         self.log_training(total, widest, targets, batch_idx)
-        return loss if self.trainer.world_size == 1 else loss + self.zero_of_switches()
-
-    def zero_of_switches(self) -> Tensor:
-        """Returns 0, as a function of all BNs, of which the last width runs its own alone.
-
-        DDP synchronises the gradients of what the last backward reaches.
-        """
+        if self.trainer.world_size == 1:
+            return loss
         switches = [norm for norm in self.net.modules() if isinstance(norm, SwitchableBatchNorm2d)]
-        return 0 * torch.cat([p for norm in switches for p in norm.parameters()]).sum()
+        return loss + zero_of(p for norm in switches for p in norm.parameters())
 
 
 class LitUniversallySlimmable(SlimmableClassifier):

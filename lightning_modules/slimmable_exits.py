@@ -47,7 +47,13 @@ from lightning_modules.exit_outputs import (
 )
 from lightning_modules.multi_exit import MultiExitClassifier
 from lightning_modules.recipe import NONE, Recipe
-from lightning_modules.sandwich import MAX_WIDTHS, SandwichTraining, draw_widths
+from lightning_modules.sandwich import (
+    MAX_WIDTHS,
+    SandwichTraining,
+    draw_widths,
+    evaluated_widths,
+    zero_of,
+)
 from lightning_modules.schedules import Interval
 from lightning_modules.stochastic_depth import (
     Decay,
@@ -163,9 +169,7 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
         self.gates: Tensor | None = None
 
     def _set_widths(self, evaluated: Sequence[float]) -> None:
-        net = self.net
-        # Made of the names, so that widths of one name are one point.
-        self.eval_widths = sorted({float(net.width(w).name) for w in [*evaluated, net.widest]})
+        self.eval_widths = evaluated_widths(self.net, evaluated)
         self.groups = {f"w{width:g}": width for width in self.eval_widths[:-1]}
         self.groups[""] = self.eval_widths[-1]
         self.exit_states = {group: ExitState() for group in self.groups}
@@ -234,16 +238,10 @@ class LitSlimmableExits(SandwichTraining, MultiExitClassifier):
             if number < len(self.widths):
                 self.backward_now(loss)
         self.log_training(total, first, targets, batch_idx)
-        return loss if self.trainer.world_size == 1 else loss + self.zero_of_all()
-
-    def zero_of_all(self) -> Tensor:
-        """Returns 0, as a function of all parameters that learn.
-
-        DDP synchronises the gradients of what the last backward reaches, which are neither closed
-        blocks nor the BNs of other switches.
-        """
-        learning = [p.flatten() for p in self.net.parameters() if p.requires_grad]
-        return 0 * torch.cat(learning).sum()
+        if self.trainer.world_size == 1:
+            return loss
+        # Neither closed blocks nor the BNs of other switches are in it.
+        return loss + zero_of(p for p in self.net.parameters() if p.requires_grad)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.closes_blocks:  # whose weights decay all the same, as in Stochastic Depth

@@ -60,9 +60,8 @@ class StrictParser(LightningArgumentParser):
                 return super().parse_args(words, *rest, **options)
         except (ArgumentError, ValueError) as error:
             line = one_line(error)
-            if not re.search(
-                "did you mean|give one of", line
-            ):  # a parser calls those of its subcommands
+            # A parser calls those of its subcommands, which may have said it.
+            if not re.search("did you mean|give one of", line):
                 line += hint(line, self._actions, _keys_given(words))
             raise ArgumentError(None, line) from error
 

@@ -281,7 +281,7 @@ def test_one_image_that_is_left_of_an_epoch_stays_as_it_is(tmp_path: Path) -> No
     [
         (
             Recipe(mixup_alpha=0.2),
-            "does not mix as recipe says: call mixed first",
+            "does not mix as recipe says: begin its",
         ),
         (
             Recipe(label_smoothing=0.1),

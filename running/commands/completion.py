@@ -21,11 +21,8 @@ EXTRA = "completion needs one more package: pip install -e '.[completion]'"
 FILES = {"--config", "--ckpt_path"}
 FOLDERS = {"--run_dir", "--run", "--images", "--out", "--dir", "runs", "folder"}
 CLASSES = {
-    option: sorted(name for name in package.__all__ if name.endswith(end) or name.startswith(end))
-    for option, package, end in (
-        ("--model", lightning_modules, "Lit"),
-        ("--data", datamodules, "DataModule"),
-    )
+    "--model": [name for name in lightning_modules.__all__ if name.startswith("Lit")],
+    "--data": [name for name in datamodules.__all__ if name.endswith("DataModule")],
 }
 
 
