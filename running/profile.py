@@ -1,6 +1,5 @@
 """What an experiment costs before anybody trains it: of each operating point and each stage."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,6 +32,7 @@ from networks import (
     walk_whole,
 )
 from running.cli import ExperimentCLI
+from running.suggestions import nearest_file
 
 TIMES = {"ms_alone": 20, "ms_in_batch": NUM_TIMED_ROUNDS}
 """Costs that are measured times, and how many runs each is the median of: one image takes less time
@@ -119,11 +119,7 @@ def profile_experiment(
 def check_experiment(path: Path) -> None:
     """Raises FileNotFoundError or ValueError unless a file is a YAML with a model."""
     if not path.is_file():
-        there = [str(each) for each in path.parent.glob("*.yaml") if each.is_file()]
-        near = difflib.get_close_matches(str(path), there, n=1)
-        raise FileNotFoundError(
-            f"no experiment {path}" + (f": did you mean {near[0]}?" if near else ": name a YAML")
-        )
+        raise FileNotFoundError(f"no experiment {path}{nearest_file(path) or ': name a YAML'}")
     try:
         content = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
