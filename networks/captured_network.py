@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from networks.captured import Capture, Recorder, autocast_as_now, check_capture
+from networks.captured_once import Once
 from networks.captured_parts import Buffer, Chain, Part, Replay, RowPart
 from networks.residual_blocks import Gate
 from networks.resnet import Gates, ResidualNetwork
@@ -213,7 +214,8 @@ class CapturedNetwork:
                 targets = [Buffer(each.detach()) for each in outputs]
                 del outputs  # and what they hold for a backward
                 steps = [(None, Part(self.run, source, targets, list(network.parameters())))]
-            return Chain(source, steps, Recorder(images.device), autocast, compiles)
+            once = Once(self.watch.modules, autocast_dtype(images.device.type))
+            return Chain(source, steps, Recorder(images.device), once, autocast, compiles)
 
     def make_steps(
         self, source: Buffer, gates: Tensor | None
@@ -277,6 +279,12 @@ def size_of(images: Tensor, gates: Tensor | None) -> tuple:
     if gates is None or gates.dim() == 1:
         return (len(images),)
     return len(images), *(gates != 0).sum(1).tolist(), *gates.amax(1).tolist()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the type that the present autocast converts to; None: there is none."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def reserved(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from networks.captured import Recorder
+from networks.captured_once import NOTHING, Once
 from networks.rows import put_rows, take_rows
 
 MAX_COMPILED = 64
@@ -47,10 +48,22 @@ class Part:
     ):
         self.function, self.source, self.targets = function, source, targets
         self.parameters = [each for each in parameters if each.requires_grad]
+        self.leaves, self.stand_ins = self.parameters, NOTHING
         self.compute: Callable = write_outputs
         self.tape: tuple | None = None
         self.replay_forward: Callable[[], object] = self.forward
         self.replay_backward: Callable[[], Sequence[Tensor | None]] = self.backward
+
+    def leave_to(self, once: Once) -> None:
+        """Lets be done once a step what can be; runs forward to find it."""
+
+        def run() -> list[Tensor]:
+            self.forward()
+            (_, outputs), self.tape = self.tape, None
+            return outputs
+
+        self.stand_ins = once.observe(run)
+        self.leaves = [self.stand_ins.converted.get(each, each) for each in self.parameters]
 
     def forward(self) -> None:
         x = self.source.value
@@ -62,8 +75,8 @@ class Part:
         (x, outputs), self.tape = self.tape, None
         gradients = [each.gradient for each in self.targets]
         if self.source.gradient is None:
-            return differentiate(outputs, self.parameters, gradients)
-        of_source, *rest = differentiate(outputs, [x, *self.parameters], gradients)
+            return differentiate(outputs, self.leaves, gradients)
+        of_source, *rest = differentiate(outputs, [x, *self.leaves], gradients)
         self.source.gradient.copy_(of_source)
         return rest
 
@@ -101,7 +114,7 @@ class RowPart(Part):
     def backward(self) -> Sequence[Tensor | None]:
         (x, rows), self.tape = self.tape, None
         of_rows = take_rows(self.targets[0].gradient, self.index)
-        of_x, *rest = differentiate(rows, [x, *self.parameters], [of_rows])
+        of_x, *rest = differentiate(rows, [x, *self.leaves], [of_rows])
         if self.others is not None:
             self.others.backward()
         put_rows(self.source.gradient, self.index, of_x)
@@ -130,6 +143,26 @@ def differentiate(
     return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
 
 
+def own_copies(
+    recorded: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Returns copies of gradients, each in the type of its parameter, in few kernels.
+
+    A recorded gradient that became .grad would be added to itself by the next batch.
+    """
+    pairs = [pair for pair in zip(recorded, parameters, strict=True) if pair[0] is not None]
+    alike = [gradient for gradient, parameter in pairs if gradient.dtype == parameter.dtype]
+    others = [pair for pair in pairs if pair[0].dtype != pair[1].dtype]
+    wanted = [torch.empty_like(gradient, dtype=each.dtype) for gradient, each in others]
+    if others:
+        torch._foreach_copy_(wanted, [gradient for gradient, _ in others])
+    copies = {True: iter(torch._foreach_mul(alike, 1.0) if alike else ()), False: iter(wanted)}
+    return [
+        None if gradient is None else next(copies[gradient.dtype == parameter.dtype])
+        for gradient, parameter in zip(recorded, parameters, strict=True)
+    ]
+
+
 class Chain:
     """Parts in a row, recorded.
 
@@ -137,6 +170,7 @@ class Chain:
         source: what the first part reads.
         steps: for each place the part of a closed and of an open gate; None: nothing is run.
         recorder: records them.
+        once: does what parts leave to it.
         autocast: under what forward runs; backward runs under none.
         compiles: whether the parts are compiled first.
     """
@@ -146,14 +180,18 @@ class Chain:
         source: Buffer,
         steps: Sequence[tuple[Part | None, Part | None]],
         recorder: Recorder,
+        once: Once,
         autocast: Callable[[], AbstractContextManager],
         compiles: bool,
     ):
-        self.source, self.steps, self.autocast = source, steps, autocast
+        self.source, self.steps, self.once, self.autocast = source, steps, once, autocast
         self.device_type = recorder.device.type
         self.targets = steps[-1][True].targets
         self.num_forward = 0
         parts = [part for step in steps for part in step if part is not None]
+        with torch.enable_grad(), autocast():
+            for part in parts:
+                part.leave_to(once)
         limit: AbstractContextManager = nullcontext()
         if compiles:
             limit = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED)
@@ -174,7 +212,7 @@ class Chain:
             part.replay_backward = recorder.record(partial(self.run_backward, part))
 
     def run_forward(self, part: Part) -> None:
-        with torch.enable_grad(), self.autocast():
+        with torch.enable_grad(), self.autocast(), part.stand_ins.hung():
             part.forward()
 
     def run_backward(self, part: Part) -> Sequence[Tensor | None]:
@@ -188,8 +226,10 @@ class Chain:
     def forward(self, parts: Sequence[Part], images: Tensor) -> list[Tensor]:
         self.num_forward += 1
         self.source.value.copy_(images)
+        self.once.convert()
         for part in parts:
             part.replay_forward()
+        self.once.count(part.stand_ins for part in parts)
         return [each.value.clone() for each in self.targets]
 
     def backward(
@@ -200,10 +240,7 @@ class Chain:
             target.gradient.copy_(gradient)
         groups = [part.replay_backward() for part in reversed(parts)]
         recorded = [gradient for group in reversed(groups) for gradient in group]
-        # A recorded gradient that became .grad would be added to itself by the next batch.
-        present = [each for each in recorded if each is not None]
-        own = iter(torch._foreach_mul(present, 1.0) if present else ())
-        return [None if each is None else next(own) for each in recorded]
+        return own_copies(recorded, [each for part in parts for each in part.parameters])
 
 
 class Replay(torch.autograd.Function):
