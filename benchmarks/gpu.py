@@ -11,8 +11,8 @@ default and with mode="reduce-overhead" (of ResNet-20: ResNet-110 compiles for m
 torchvision's networks and its stochastic_depth, timm's DropPath, a CUDA graph of the whole network.
 
 All contenders may use TF32, and cuDNN's kernels are those of its heuristics, as in a training with
-machines/gpu.yaml: trying them out takes half a minute for a network with a gate per sample. All
-optimizers are torch's SGD.
+machines/gpu.yaml, unless a name says "kernels tried out", as with `trainer.benchmark`. For a
+network with a gate per sample that takes half a minute. All optimizers are torch's SGD.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import gpu_families, gpu_inference, gpu_trainer, gpu_training
+from benchmarks import gpu_depth, gpu_families, gpu_inference, gpu_trainer, gpu_training
 from benchmarks.gpu_report import Report, Setting, row
 from benchmarks.timing import describe_machine
 
 ROWS: dict[str, Callable[[Report, Setting], None]] = {
-    "depth": gpu_training.depth,
+    "depth": gpu_depth.depth,
     "exits": gpu_inference.exits,
     "sandwich": gpu_training.widths,
     "width": gpu_inference.widths,

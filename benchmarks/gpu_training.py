@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import stochastic_depth
 
 import networks
-from benchmarks.block_dropping import FINAL_SURVIVAL_PROB, DroppedBranches, GatedDepth
 from benchmarks.densenet_memory import with_efficient
 from benchmarks.gpu_report import Report, Setting, training_step
 from benchmarks.sandwich_step import WIDTHS, sandwich, separate
 from benchmarks.timing import Times
-from lightning_modules import survival_probabilities
 from networks import CifarDenseNet, CifarResNet, DenseNet
 
 Wrap = Callable[[nn.Module], Callable[[Tensor], Tensor]]
@@ -40,49 +37,6 @@ def contender(
 def captured(network: nn.Module, capture: str = "graphs") -> Callable[..., Tensor]:
     """Returns our way to run a network at the speed of a device."""
     return networks.CapturedNetwork(network, capture=capture)
-
-
-def depth(report: Report, setting: Setting) -> None:
-    """Stochastic against constant depth."""
-    batch_size, size = setting.pick(128, 8), setting.pick(110, 8)
-    images, labels = setting.images(batch_size, 32), setting.labels(batch_size)
-    base = setting.place(CifarResNet(size, shortcut="A-average"))
-    probs = torch.tensor(survival_probabilities(base.num_blocks, FINAL_SURVIVAL_PROB, "linear"))
-
-    def timm_rows(network: nn.Module) -> Callable[[Tensor], Tensor]:
-        from timm.layers import drop_path
-
-        return DroppedBranches(network, probs, partial(drop_path, training=True))
-
-    constant, gated, rows = "ours, constant", "ours, a gate per block", "ours, a gate per sample"
-    eager = "eager loop, constant"
-    by_blocks = partial(captured, capture=setting.pick("compiled", "graphs"))
-    by_batch = partial(stochastic_depth, mode="batch")
-    wraps: dict[str, Wrap] = {
-        constant: captured,
-        gated: lambda network: GatedDepth(captured(network), probs, "batch"),
-        rows: lambda network: GatedDepth(captured(network), probs, "row"),
-        f"{constant}, compiled": by_blocks,
-        f"{gated}, compiled": lambda network: GatedDepth(by_blocks(network), probs, "batch"),
-        eager: lambda network: network,
-        "eager loop, a gate per block": lambda network: GatedDepth(network, probs, "batch"),
-        "eager loop, torchvision's stochastic_depth": (
-            lambda network: DroppedBranches(network, probs, by_batch)
-        ),
-        "eager loop, timm's DropPath": timm_rows,
-    }
-    times = setting.time(
-        {name: contender(base, wrap, images, labels, setting) for name, wrap in wraps.items()}
-    )
-    report.show(f"ResNet-{size}, batch {batch_size}, bf16, a training step", times, batch_size)
-    report.ratio("a gate per sample / constant depth, both ours", times, rows, constant, 0.82)
-    for how in ("", ", compiled"):
-        under, over = f"{constant}{how}", f"{gated}{how}"
-        report.ratio(f"stochastic / constant depth, both ours{how}", times, over, under, 0.77)
-        promise = f"constant depth, images/s: ours{how} / eager loop"
-        report.ratio(promise, times, eager, under, at_least=3.5)
-        promise = f"images/s: ours, stochastic{how} / eager loop, constant"
-        report.ratio(promise, times, eager, over, at_least=4.5)
 
 
 def compiled(report: Report, setting: Setting) -> None:
