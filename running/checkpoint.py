@@ -280,6 +280,7 @@ class RunCheckpoint(Checkpoint):
             "callback_metrics": {name: value.detach().cpu().clone() for name, value in metrics},
             "should_stop": trainer.should_stop,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "optimizers": [type(each).__name__ for each in trainer.optimizers],
         }
 
     def on_load_checkpoint(

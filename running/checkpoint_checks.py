@@ -65,6 +65,10 @@ def check_structure(
         types = [getattr(each, "dtype", None) for each in (value, here.get(key))]
         if types[0] != types[1]:
             _refuse(name, f"{key} is of {types[0]} there and {types[1]} here")
+    kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+    kinds_there = checkpoint.get("run", {}).get("optimizers", kinds)  # earlier ones do not say
+    if kinds_there != kinds:
+        _refuse(name, f"its optimizers are {kinds_there}, and those of this training {kinds}")
     saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     for what, there, now in zip(

@@ -331,6 +331,10 @@ CHANGED = {
         "it is of another schedule than MultiStepLR",
     ),
     "another optimizer": (of_adam, "its groups of parameters are not those of SGD"),
+    "an optimizer of the same keys": (
+        lambda content: content["run"].update(optimizers=["LARS"]),
+        "its optimizers are ['LARS'], and those of this training ['SGD']",
+    ),
     "weight decay": (group(weight_decay=9.0), "weight_decay of SGD is 9.0 there and 0.0001 here"),
     "initial rate": (group(initial_lr=9.0), "initial_lr of SGD is 9.0 there and"),
     "other buffers": (other_buffers, "momentum_buffer of SGD is of shape "),
