@@ -93,8 +93,9 @@ class ImageDataModule(LightningDataModule):
     has reached.
 
     A batch, ``(images, labels[, numbers[, boxes]])``, comes to the device as bytes, with what
-    chance gave to each of its training images: numbers, and a box to erase. It is augmented and
-    normalised there, and nothing in that makes the host wait for a GPU.
+    chance gave to each of its training images: numbers, and a box to erase. It is finished there,
+    that is, augmented, normalised and erased, and nothing in that makes the host wait for a GPU.
+    Training batches may also come finished, ``(images, labels)`` with images of float32.
 
     The fields are the arguments. A subclass names, as a dataclass, only those that it adds or whose
     default it changes, checks them in `__post_init__`, and defines the attributes and
@@ -240,7 +241,12 @@ class ImageDataModule(LightningDataModule):
         )
         return EpochLoader(len(batches), lambda: self.load_eval(batches, split))
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        is_finished = batch[0].is_floating_point()  # others are bytes
+        return batch if is_finished else self.finish(batch)
+
+    def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns what the steps receive of a batch of bytes, on the device of its images."""
         images, labels, *numbers = batch
         if self.transform.shift.device != images.device:
             self.transform.to(images.device)

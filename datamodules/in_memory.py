@@ -1,9 +1,12 @@
 """Data sets that fit into memory as bytes: a batch is an `index_select`.
 
-They lie on the GPU, if there is one and it has room. Then the order of an epoch travels once, and a
-batch is chosen, cropped, flipped and normalised without a word from the host.
+They lie on the GPU, if there is one and it has room. Then the order of an epoch travels once, and
+training images are made a block at a time: the images of many batches are chosen, cropped, flipped,
+normalised and erased at once, and a batch is a slice of them. Launches and Python, for which a
+small network has no time, are thereby paid per block.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,16 +30,23 @@ class LabelledImages(NamedTuple):
 
 Pools = tuple[LabelledImages, LabelledImages]
 
+BLOCK = 2**24
+"""Values of images that are made at once, or one batch: 64 MiB of float32, 5,461 CIFAR images."""
+BYTES_TO_MAKE = 10
+"""Of memory for each of these values while they are made: twice as a byte, twice as float32."""
+
 
 def has_room(pools: Pools, device: torch.device) -> bool:
-    """Returns whether pools may lie on a device: a GPU with four times as much free memory.
+    """Returns whether pools may lie on a device: a GPU with enough free memory.
 
-    The rest is for the network, whose needs are not known yet.
+    That is four times as much as they and a block in the making take. The rest is for the network,
+    whose needs are not known yet.
     """
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return 4 * sum(values.nbytes for pool in pools for values in pool) <= free
+    block = BYTES_TO_MAKE * min(BLOCK, pools[0].images.numel())
+    return 4 * (sum(values.nbytes for pool in pools for values in pool) + block) <= free
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
@@ -60,8 +70,8 @@ class InMemoryDataModule(ImageDataModule):
     Attributes:
         horizontal_flip: whether half of the training images are flipped; an argument only where
             mirrored images keep their labels.
-        resident: whether all images may lie on the GPU. It changes no number, so it is the
-            machine's matter and no argument.
+        resident: whether all images may lie on the GPU, where training batches are finished by the
+            block. It changes no number, so it is the machine's matter and no argument.
     """
 
     horizontal_flip = False
@@ -173,15 +183,25 @@ class InMemoryDataModule(ImageDataModule):
 
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         train, _ = self._pools()
+        numbers = self._draw(epoch)
+        if self.makes_blocks(train):
+            return self._take_finished(train, batches, *numbers)
+        return self._take(train, self._train_indices, batches, *numbers)
+
+    def makes_blocks(self, train: LabelledImages) -> bool:
+        """Returns whether training batches are slices of blocks: of images that lie on a GPU."""
+        return train.images.is_cuda
+
+    def _draw(self, epoch: int) -> list[Tensor]:
+        """Returns what chance gives to the training samples: a view (num_samples,), and a box."""
         if not (self.crop_padding or self.horizontal_flip or self.random_erasing):
-            return self._take(train, self._train_indices, batches)
+            return []
         count = self.num_samples("train")
         views = draw_views(count, self.crop_padding, self.horizontal_flip, self.seed, epoch)
         if not self.random_erasing:
-            return self._take(train, self._train_indices, batches, views)
+            return [views]
         chance = generator("erasing", self.seed, epoch)
-        boxes = draw_boxes(count, self.image_shape[1:], self.random_erasing, chance)
-        return self._take(train, self._train_indices, batches, views, boxes)
+        return [views, draw_boxes(count, self.image_shape[1:], self.random_erasing, chance)]
 
     def load_eval(self, batches: Sequence[Tensor], split: Split) -> Iterator[Batch]:
         train, test = self._pools()
@@ -226,5 +246,28 @@ class InMemoryDataModule(ImageDataModule):
         for part, *others in zip(
             *(values.split(sizes) for values in (rows, labels, *numbers)), strict=True
         ):
-            batch = [pool.images.index_select(0, part), *others]
-            yield tuple(values.pin_memory() for values in batch) if pins else tuple(batch)
+            # Without a name for the images: it would keep them until the next ones are here.
+            yield tuple(
+                values.pin_memory() if pins else values
+                for values in (pool.images.index_select(0, part), *others)
+            )
+
+    def _take_finished(
+        self, pool: LabelledImages, batches: Sequence[Tensor], *numbers: Tensor
+    ) -> Iterator[Batch]:
+        """Yields finished training batches, see `ImageDataModule`; for its arguments see `_take`.
+
+        A block is given up before the next one is made, unless somebody still has a batch of it.
+        """
+        step = max(1, BLOCK // (self.batch_size * math.prod(self.image_shape)))
+        groups = [batches[first : first + step] for first in range(0, len(batches), step)]
+        rows = [torch.cat(tuple(group)) for group in groups]
+        blocks = self._take(pool, self._train_indices, rows, *numbers)
+        for group in groups:
+            yield from self._finish_and_split(next(blocks), [len(batch) for batch in group])
+
+    def _finish_and_split(self, block: Batch, sizes: list[int]) -> Iterator[Batch]:
+        parts = (values.split(sizes) for values in self.finish(block))
+        # For autograd, slices are parts of one tensor, and a step that multiplies its images by a
+        # weight in place would have to do with all of them; detached ones are tensors of their own.
+        return zip(*(map(Tensor.detach, part) for part in parts), strict=True)

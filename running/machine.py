@@ -24,7 +24,8 @@ class Machine:
     Args:
         capture: run training steps kernel by kernel ("none"), as CUDA graphs ("graphs"), or as CUDA
             graphs of compiled blocks ("compiled").
-        resident_data: keep a data set that fits on the GPU, where a batch is then an index.
+        resident_data: keep a data set that fits on the GPU, where the images of many training
+            batches are then made at once.
         tf32: let a GPU multiply float32 numbers with 10 bits after the point (TensorFloat-32).
 
     Raises:

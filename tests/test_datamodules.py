@@ -147,13 +147,14 @@ def test_few_kernels_make_what_few_bytes_make():
         assert of_kernels.is_contiguous()
 
 
-def test_a_training_batch_takes_eight_kernels_of_a_gpu(monkeypatch):
+def test_a_training_batch_of_bytes_takes_eight_kernels_of_a_gpu(monkeypatch):
     data = ready(batch_size=7)
     monkeypatch.setattr(data.transform, "blend_in_few_bytes", data.transform.blend_in_few_kernels)
     batches = data.train_epoch(epoch=0)
-    data.on_after_batch_transfer(next(batches), 0)  # what an epoch and a transform do once
+    data.on_after_batch_transfer(next(batches), 0)  # what a transform does once
+    batch = next(batches)  # chosen by the host
     with KernelCount() as kernels:
-        data.on_after_batch_transfer(next(batches), 0)
+        data.on_after_batch_transfer(batch, 0)
     assert kernels.names.total() <= 8
 
 
@@ -306,9 +307,11 @@ def test_another_process_gets_no_memory_of_a_device(monkeypatch):
     assert torch.equal(again._train.images, data._train.images)
 
 
-def test_images_may_fill_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch):
+@pytest.mark.parametrize("block", [100, 2**24])
+def test_images_and_a_block_may_fill_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch, block):
+    monkeypatch.setattr("datamodules.in_memory.BLOCK", block)
     pools = Numbered().read(False)
-    needed = 71 * (3 * 6 * 8 + 8)
+    needed = 71 * (3 * 6 * 8 + 8) + 10 * min(block, NUM_IMAGES * 3 * 6 * 8)
     for free, room in ((4 * needed, True), (4 * needed - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert has_room(pools, torch.device("cuda")) == room

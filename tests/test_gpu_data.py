@@ -1,4 +1,4 @@
-"""Data on a CUDA device: same bytes wherever they lie, and no batch makes the host wait."""
+"""Data on a CUDA device: same numbers wherever they lie, and no batch makes the host wait."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -75,8 +75,11 @@ def test_no_batch_of_a_small_data_set_makes_the_host_wait(resident):
     assert all(values.device == DEVICE for batch in train + val for values in batch)
 
 
-def test_batches_are_the_same_wherever_the_images_lie():
+@pytest.mark.parametrize("block", [1, 5 * 32 * 32 * 32, 2**24])  # of one batch, of five, of all
+def test_batches_are_the_same_wherever_the_images_lie(monkeypatch, block):
+    monkeypatch.setattr("datamodules.in_memory.BLOCK", block)
     here, there = digits(False), digits(True)
+    here.random_erasing = there.random_erasing = 0.5
     for split in ("train", "val", "test"):
         loaders = [getattr(data, f"{split}_dataloader")() for data in (here, there)]
         for ours, theirs in zip(*loaders, strict=True):
@@ -84,9 +87,14 @@ def test_batches_are_the_same_wherever_the_images_lie():
             assert all(values.device == DEVICE for values in theirs)
             moved = move_data_to_device(theirs, DEVICE)
             assert all(a is b for a, b in zip(moved, theirs, strict=True))  # no copy
-            assert all(torch.equal(a, b.cpu()) for a, b in zip(ours, theirs, strict=True))
-            (images, _), (others, _) = received(here, [ours]) + received(there, [theirs])
+            (images, labels), (others, their_labels) = received(here, [ours]) + received(
+                there, [theirs]
+            )
             assert torch.equal(images, others)
+            assert torch.equal(labels, their_labels)
+            is_finished = split == "train"
+            assert (others is theirs[0]) == is_finished
+            assert theirs[0].is_floating_point() == is_finished
 
 
 def test_too_many_images_stay_with_the_host(monkeypatch):
