@@ -20,9 +20,8 @@ class BNRecalibration(Callback):
     over the images, the exits of a width together; see `networks.recalibrate`.
 
     Reads of the module: `net`, `evaluated_points()`, `uncalibrated_points()`, `calibration_runs()`,
-    and `eval_gates` if it has them; of the data module: `train_epoch()`,
-    `on_after_batch_transfer()`. Modules that need recalibration look for a
-    callback with `recalibrates`.
+    and `eval_gates` if it has them; of the data module: `train_epoch()` and what Lightning calls
+    around a transfer. Modules that need recalibration look for a callback with `recalibrates`.
 
     Args:
         num_images: training images, over all ranks; None: 1,024, which are enough in the paper.
@@ -133,9 +132,8 @@ def training_images(
     data.setup("fit")
     missing = math.inf if num_images is None else math.ceil(num_images / trainer.world_size)
     for number, batch in enumerate(data.train_epoch(trainer.current_epoch), start=1):
-        images, _ = data.on_after_batch_transfer(
-            [values.to(device, non_blocking=True) for values in batch], 0
-        )
+        batch = data.transfer_batch_to_device(batch, device, 0)
+        images, _ = data.on_after_batch_transfer(batch, 0)
         yield images[: min(missing, len(images))]
         missing -= len(images)
         if missing <= 0 or number == num_batches:

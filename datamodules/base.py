@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -15,6 +15,15 @@ from datamodules.order import evaluation_batches, num_training_batches, training
 
 Split = Literal["train", "val", "test", "predict"]
 Batch = Sequence[Tensor]
+
+
+class Finished(NamedTuple):
+    """A batch as the steps receive it."""
+
+    images: Tensor
+    """float32 (N, C, H, W)."""
+    labels: Tensor
+    """int64 (N,)."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -95,7 +104,7 @@ class ImageDataModule(LightningDataModule):
     A batch, ``(images, labels[, numbers[, boxes]])``, comes to the device as bytes, with what
     chance gave to each of its training images: numbers, and a box to erase. It is finished there,
     that is, augmented, normalised and erased, and nothing in that makes the host wait for a GPU.
-    Training batches may also come finished, ``(images, labels)`` with images of float32.
+    Training batches may also come `Finished`.
 
     The fields are the arguments. A subclass names, as a dataclass, only those that it adds or whose
     default it changes, checks them in `__post_init__`, and defines the attributes and
@@ -242,15 +251,14 @@ class ImageDataModule(LightningDataModule):
         return EpochLoader(len(batches), lambda: self.load_eval(batches, split))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        is_finished = batch[0].is_floating_point()  # others are bytes
-        return batch if is_finished else self.finish(batch)
+        return batch if isinstance(batch, Finished) else self.finish(batch)
 
-    def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def finish(self, batch: Batch) -> Finished:
         """Returns what the steps receive of a batch of bytes, on the device of its images."""
         images, labels, *numbers = batch
         if self.transform.shift.device != images.device:
             self.transform.to(images.device)
         if not (self.random_erasing and numbers):
-            return self.transform(images, *numbers), labels
+            return Finished(self.transform(images, *numbers), labels)
         *numbers, boxes = numbers
-        return erase(self.transform(images, *numbers), boxes), labels
+        return Finished(erase(self.transform(images, *numbers), boxes), labels)

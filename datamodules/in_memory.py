@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chance import generator
 from datamodules.augmentation import BatchTransform, draw_views
-from datamodules.base import Batch, ImageDataModule, Split, require
+from datamodules.base import Batch, Finished, ImageDataModule, Split, require
 from datamodules.erasing import draw_boxes
 from datamodules.normalization import Normalization, statistics
 
@@ -270,4 +270,4 @@ class InMemoryDataModule(ImageDataModule):
         parts = (values.split(sizes) for values in self.finish(block))
         # For autograd, slices are parts of one tensor, and a step that multiplies its images by a
         # weight in place would have to do with all of them; detached ones are tensors of their own.
-        return zip(*(map(Tensor.detach, part) for part in parts), strict=True)
+        return map(Finished, *(map(Tensor.detach, part) for part in parts))
