@@ -68,7 +68,7 @@ class CapturedNetwork:
         check_capture(capture)
         self.network, self.capture, self.say = network, capture, say
         self.run = network if run is None else run
-        self.watch = Watch([network])
+        self.watch = Watch(network.modules())
         if open_gates is None and isinstance(network, ResidualNetwork):
             open_gates = [1.0] * network.num_blocks
         self.open_gates, self.batch_size = open_gates, batch_size
@@ -130,7 +130,7 @@ class CapturedNetwork:
         if images.requires_grad:
             return "the images require gradients"
         if not self.watch.is_complete():
-            self.watch, self.state = Watch([self.network]), None
+            self.watch, self.state = Watch(self.network.modules()), None
         if self.watch.has_hooks():
             return "a module has a hook"
         if any(isinstance(module, nn.SyncBatchNorm) for module in self.watch.modules):

@@ -36,7 +36,13 @@ from networks.early_exit import (
     not_finite,
 )
 from networks.exit_queue import Queue, Reader
-from networks.recorded_exits import NetworkWatch, can_be_recorded, kind_of, try_to_record
+from networks.recorded_exits import (
+    NetworkWatch,
+    can_be_recorded,
+    kind_of,
+    modules_of,
+    try_to_record,
+)
 from networks.rows import write_rows
 
 STREAM_BATCH_SIZE = 256
@@ -130,7 +136,8 @@ class ExitStream:
         if self._records and self._watch.has_changed():
             self._steps.clear()
             self._recorder = Recorder(images.device)  # the memory of the old one goes with it
-            self._records, self._watch = can_be_recorded(self.network), NetworkWatch(self.network)
+            self._records = can_be_recorded(self.network)
+            self._watch = NetworkWatch(modules_of(self.network))
         while len(images):
             part, images = images.tensor_split([self._queues[0].num_missing])
             self._keep_window(len(part))
@@ -158,7 +165,7 @@ class ExitStream:
         device = images.device
         self._kind = kind_of(images)
         self._recorder = Recorder(device)
-        self._watch = NetworkWatch(self.network)
+        self._watch = NetworkWatch(modules_of(self.network))
         # A GPU is to be busy while the host looks at what came of the runs before.
         self._max_runs = MAX_RUNS if device.type == "cuda" else 0
         self._reader = Reader(device, self.batch_size, self._max_runs + 1)
@@ -249,7 +256,7 @@ class ExitStream:
                 with torch.no_grad(), as_now():
                     return step()
 
-            recorded = try_to_record(self._recorder, run, warm_up=False)
+            recorded = try_to_record(self._recorder, run)
             self._records = recorded is not None
             self._steps[place] = recorded
         self._warm.add(index)

@@ -160,7 +160,8 @@ class KeptWidths:
         """
         if self._watch is None or not self._watch.is_complete():
             self.clear()
-            self._watch = Watch(network.children(), parents=[network])
+            _, *inside = network.modules()
+            self._watch = Watch(inside, parents=[network])
             self._norms = [each for each in self._watch.modules if hasattr(each, "statistics")]
         tensors = self._watch.tensors()
         now = stamps(tensors)

@@ -1,17 +1,21 @@
 """Leaving early with one image, as fast as a device answers: a recorded function per stage.
 
 A stage, its exit and its criterion are one launch, and between two of them the host asks one
-number: whether the image leaves. For many images see `networks.exit_stream`.
+number: whether the image leaves. While the device is busy with a stage, the host looks whether what
+this stage runs is still what was recorded. For many images see `networks.exit_stream`.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.captured import Capture, Recorder, autocast_as_now, check_capture
 from networks.early_exit import (
@@ -35,8 +39,10 @@ class EarlyExit:
     """`early_exit` for batches of one image, recorded.
 
     It is recorded at the first image, and again for images of another shape or type, for another
-    autocast, and when parameters have moved. Batches of more images go to `early_exit`, and so do
-    all after a warning if the network cannot be recorded: it has hooks, asks the device for a
+    autocast, and when parameters have moved or modules are others. The host looks for such changes
+    stage by stage: an image that leaves costs no look behind its exit, and a change there is
+    noticed by the next image that comes so far. Batches of more images go to `early_exit`, and so
+    do all after a warning if the network cannot be recorded: it has hooks, asks the device for a
     value, or needs more memory than there is.
 
     Args:
@@ -62,6 +68,7 @@ class EarlyExit:
         self._records = capture != "none" and can_be_recorded(network)
         self._states: list[State] = []  # before each stage, and behind the last; of one image
         self._stages: list[Callable[[], tuple[Tensor, Tensor]]] = []
+        self._watches: list[NetworkWatch] = []  # of each stage
         self._recorded_for: object = None
 
     @property
@@ -76,17 +83,25 @@ class EarlyExit:
         Args:
             images: (N, C, H, W).
         """
-        if self._records and len(images) == 1:
+        if len(images) == 1 and self._is_ready(images):
+            return self._replay(images)
+        return early_exit(self.network, images, self.thresholds, self.criterion)
+
+    def _is_ready(self, images: Tensor) -> bool:
+        """Tells whether stages are recorded for an image; records them if none are for its kind."""
+        # The network's flag alone: the watches know of those of its parts.
+        is_training = getattr(self.network, "training", False)
+        if self._records and (is_training or self._recorded_for != kind_of(images)):
             check_evaluation_mode(self.network)
-            if self._recorded_for != kind_of(images):
-                self._record(images)
-        if not self._records or len(images) != 1:
-            return early_exit(self.network, images, self.thresholds, self.criterion)
+            self._record(images)
+        return self._records
+
+    def _replay(self, images: Tensor) -> Answers:
         self._states[0].copy_(images)
-        for index, replay in enumerate(self._stages):
+        for index, (replay, watch) in enumerate(zip(self._stages, self._watches, strict=True)):
             logits, is_done = replay()
-            # While the device is busy.
-            if index == 0 and self._watch.has_changed():
+            if watch.has_changed():  # the host looks while the device is busy
+                check_evaluation_mode(self.network)
                 self._recorded_for, self._records = None, can_be_recorded(self.network)
                 return self(images)
             if is_done:
@@ -96,17 +111,19 @@ class EarlyExit:
     def _record(self, images: Tensor) -> None:
         recorder, as_now = Recorder(images.device), autocast_as_now(images.device.type)
         self._stages, self._recorded_for = [], None
-        self._watch = NetworkWatch(self.network)
         with torch.inference_mode(False):  # so that it may be written to in any mode
             self._states = [images.clone()]
-        for index in range(len(self.network.exits)):
+        reads = [Reads() for _ in self.network.exits]
+        for index, read in enumerate(reads):
             function = partial(self._run, index, as_now)
-            replay = try_to_record(recorder, function, warm_up=True)
+            replay = try_to_record(recorder, function, partial(rehearse, recorder, function, read))
             if replay is None:
                 self._records, self._states, self._stages = False, [], []
                 return
-            replay()  # for the warm-up of the next stage to see no rubbish
+            replay()  # for the rehearsal of the next stage to see no rubbish
             self._stages.append(replay)
+        parts = divide(modules_of(self.network), reads)
+        self._watches = list(map(NetworkWatch, parts))
         self._recorded_for = kind_of(images)
 
     def _run(self, index: int, as_now: Callable) -> tuple[Tensor, Tensor]:
@@ -128,21 +145,75 @@ def kind_of(images: Tensor) -> object:
     return images.shape[1:], images.dtype, images.device, autocast
 
 
+# --- what a stage runs ----------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Notes where the memory begins from which operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = pytree.tree_leaves((args, kwargs))
+        self.places.update(place_of(each) for each in inputs if isinstance(each, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def place_of(tensor: Tensor) -> int:
+    """Returns where the memory of a tensor, or of what it is a view of, begins; 0: not known."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or of a kind that wraps others
+        return 0
+
+
+def rehearse(recorder: Recorder, function: Callable[[], object], reads: Reads) -> None:
+    """Runs a function as capture demands, and notes what it reads."""
+    with reads:  # here alone: torch may choose other kernels where somebody listens
+        function()
+    recorder.warm_up(function)
+
+
+def modules_of(network: HasExits) -> list[nn.Module]:
+    """Returns all modules of a network, whose stages and exits need not be modules."""
+    parts = (network, *network.stages, *network.exits)
+    modules = (part.modules() for part in parts if isinstance(part, nn.Module))
+    return list(dict.fromkeys(chain.from_iterable(modules)))
+
+
+def divide(modules: Iterable[nn.Module], reads: Sequence[Reads]) -> list[list[nn.Module]]:
+    """Divides modules among stages: each goes to the first that reads a tensor in it.
+
+    Where no stage does, as with a ReLU, it goes to the first of all, since nothing tells which one
+    calls it.
+
+    Args:
+        modules: of a network.
+        reads: of each stage with its exit.
+    """
+    parts: list[list[nn.Module]] = [[] for _ in reads]
+    for module in modules:
+        own = {place_of(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        readers = (k for k, each in enumerate(reads) if not own.isdisjoint(each.places))
+        parts[next(readers, 0)].append(module)
+    return parts
+
+
 # --- what can be recorded -------------------------------------------------------------------------
 
 
 class NetworkWatch(Watch):
-    """Watches all that a network with exits runs.
+    """Watches modules of a network with exits that answers.
 
-    It keeps the memory of its tensors, so that an outdated recording does no harm.
+    It keeps the memory of their tensors, so that an outdated recording does no harm.
 
     Args:
-        network: its stages and exits need not be modules.
+        modules: see `Watch`.
     """
 
-    def __init__(self, network: HasExits):
-        parts = (network, *network.stages, *network.exits)
-        modules = (part for part in parts if isinstance(part, nn.Module))
+    def __init__(self, modules: Iterable[nn.Module]):
         super().__init__(modules, trains=False)
         self._before = self.look()
         self._held = [tensor.detach() for tensor in self.tensors() if tensor is not None]
@@ -154,7 +225,7 @@ class NetworkWatch(Watch):
 
 def can_be_recorded(network: HasExits) -> bool:
     """Tells whether all that a network does happens on the device; warns if it does not."""
-    watch = NetworkWatch(network)
+    watch = NetworkWatch(modules_of(network))
     if watch.has_hooks():
         _warn("it has hooks, which a recording would leave out")
     elif watch.is_training():
@@ -165,15 +236,21 @@ def can_be_recorded(network: HasExits) -> bool:
 
 
 def try_to_record(
-    recorder: Recorder, function: Callable[[], T], warm_up: bool
+    recorder: Recorder, function: Callable[[], T], before: Callable[[], object] | None = None
 ) -> Callable[[], T] | None:
-    """Returns the recorded function, or None after a warning that says why there is none."""
+    """Returns the recorded function, or None after a warning that says why there is none.
+
+    Args:
+        recorder: of the device.
+        function: see `Recorder.record`.
+        before: is called first; where it fails, there is no recording either.
+    """
     with contextlib.ExitStack() as stack:
         if recorder.records:
             stack.enter_context(torch.cuda.device(recorder.device))
         try:
-            if warm_up:
-                recorder.warm_up(function)
+            if before is not None:
+                before()
             return recorder.record(function)
         except RuntimeError as error:
             _warn(str(error).splitlines()[0][:200])

@@ -41,13 +41,13 @@ class Look(NamedTuple):
 
 
 class Watch:
-    """The modules of a network, laid out such that a look at all of them is quick.
+    """Modules of a network, laid out such that a look at all of them is quick.
 
     One image through a network in 20 recordings takes a device some 100 microseconds, so no loop
     here runs in Python where one in C does.
 
     Args:
-        modules: the network, or parts of it; what is inside them counts, too.
+        modules: each for itself: what is inside them has to be among them.
         parents: modules that are no part of it, but whose children are not to change either.
         trains: whether what is made of it has gradients, and depends on who requires one.
     """
@@ -59,11 +59,13 @@ class Watch:
         trains: bool = True,
     ):
         self._trains = trains
-        self.modules = list({part: None for module in modules for part in module.modules()})
-        self._parents = [m._modules for m in (*parents, *self.modules) if m._modules]
+        self.modules = list(dict.fromkeys(modules))
+        children = [m._modules for m in (*parents, *self.modules)]
+        owned = [d for m in self.modules for d in (m._parameters, m._buffers)]
+        self._parents, self._owners = list(filter(None, children)), list(filter(None, owned))
+        self._empty = [d for d in (*children, *owned) if not d]
         self._members = self._members_now()
         self._hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
-        self._owners = [d for m in self.modules for d in (m._parameters, m._buffers) if d]
         self._attributes = list(map(vars, self.modules))
         scalars = [(there, name) for there in self._attributes for name in SCALARS if name in there]
         self._scalars = [there for there, _ in scalars], [name for _, name in scalars]
@@ -72,8 +74,11 @@ class Watch:
         return list(chain.from_iterable(map(dict.values, self._parents)))
 
     def is_complete(self) -> bool:
-        """Tells whether no module was replaced, added or taken away."""
-        return same(self._members_now(), self._members)
+        """Tells whether no module was replaced, added or taken away.
+
+        Nor has a module that had no children, parameters or buffers any now.
+        """
+        return not any(self._empty) and same(self._members_now(), self._members)
 
     def has_hooks(self) -> bool:
         return any(self._hooks) or _has_any_global_hook()

@@ -30,7 +30,7 @@ from networks import (
 )
 from networks.captured import Recorder
 from networks.exit_queue import Queue
-from networks.recorded_exits import NetworkWatch
+from networks.recorded_exits import NetworkWatch, modules_of
 from networks.watch import Watch
 
 properties = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -431,7 +431,7 @@ def test_hooks_are_not_left_out(make) -> None:
 def test_parameters_that_move_are_noticed() -> None:
     network = ResNetWithExits(CifarResNet(8), [1]).eval()
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    watch = NetworkWatch(network)
+    watch = NetworkWatch(modules_of(network))
     network.load_state_dict(state)
     network.trunk.conv1.weight.data.mul_(2)
     assert not watch.has_changed()  # new values where the old ones were
@@ -440,11 +440,13 @@ def test_parameters_that_move_are_noticed() -> None:
         lambda: network.double(),
         lambda: setattr(network.trunk.bn1, "running_mean", torch.zeros(16)),
         lambda: setattr(network.trunk, "fc", torch.nn.Linear(64, 10)),
+        lambda: setattr(network.trunk.conv1, "first_child", torch.nn.ReLU()),
+        lambda: setattr(network.early_exits[0][0], "first", torch.nn.Parameter(torch.ones(1))),
         lambda: setattr(network.trunk.bn1, "eps", 0.1),
         lambda: network.trunk.layer2.train(),
         lambda: network.trunk.layer3.register_forward_hook(lambda *_: None),
     ):
-        watch = NetworkWatch(network)
+        watch = NetworkWatch(modules_of(network))
         move()
         assert watch.has_changed()
 
@@ -473,7 +475,7 @@ def test_what_is_no_batch_is_refused(batch: object, what: str) -> None:
 
 def test_who_requires_gradients_is_no_matter_of_answers_but_of_training():
     network = BranchyLeNet().eval()
-    answers, trains = NetworkWatch(network), Watch([network])
+    answers, trains = NetworkWatch(modules_of(network)), Watch(network.modules())
     before = trains.look()
     assert trains.is_as(before)
     network.requires_grad_(False)

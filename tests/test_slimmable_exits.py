@@ -22,7 +22,7 @@ from networks import (
     recalibrate,
     run_to_exit,
 )
-from networks.recorded_exits import NetworkWatch
+from networks.recorded_exits import NetworkWatch, modules_of
 from networks.slimmable_units import SlimmableResidual
 
 RANGE = {"width_mult_range": (0.35, 1.0)}
@@ -232,9 +232,9 @@ def test_leaving_early_at_a_width_is_its_exit_of_the_full_pass(name: str, gated:
 
 def test_a_view_of_a_network_that_answers_can_be_recorded() -> None:
     view = network().at(0.35)
-    assert not NetworkWatch(view).is_training()
+    assert not NetworkWatch(modules_of(view)).is_training()
     view.network.train()
-    assert NetworkWatch(view).is_training()
+    assert NetworkWatch(modules_of(view)).is_training()
 
 
 def test_a_view_sees_what_becomes_of_the_network() -> None:
