@@ -30,6 +30,7 @@ from networks.early_exit import (
     leaves,
     not_finite,
 )
+from networks.slimmable_layers import SlimmableBatchNorm2d
 from networks.watch import Watch
 
 T = TypeVar("T")
@@ -205,7 +206,7 @@ def divide(modules: Iterable[nn.Module], reads: Sequence[Reads]) -> list[list[nn
 
 
 class NetworkWatch(Watch):
-    """Watches modules of a network with exits that answers.
+    """Watches modules of a network with exits that answers, statistics of widths included.
 
     It keeps the memory of their tensors, so that an outdated recording does no harm.
 
@@ -215,8 +216,13 @@ class NetworkWatch(Watch):
 
     def __init__(self, modules: Iterable[nn.Module]):
         super().__init__(modules, trains=False)
+        self._norms = [each for each in self.modules if isinstance(each, SlimmableBatchNorm2d)]
         self._before = self.look()
         self._held = [tensor.detach() for tensor in self.tensors() if tensor is not None]
+
+    def tensors(self) -> list[Tensor | None]:
+        statistics = (norm.statistics.values() for norm in self._norms)
+        return [*super().tensors(), *chain.from_iterable(statistics)]
 
     def has_changed(self) -> bool:
         """Tells whether a recording made when this watch began is out of date."""

@@ -8,18 +8,28 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from test_exit_stream import NETWORKS
+from test_slimmable_exits import images, network
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
-from networks import EarlyExit, MultiExitNetwork, early_exit, recorded_exits, with_exits
+from networks import (
+    EarlyExit,
+    MultiExitNetwork,
+    early_exit,
+    recalibrate,
+    recorded_exits,
+    with_exits,
+)
 from networks.captured import Recorder
 from networks.recorded_exits import Reads, divide, modules_of
+from networks.slimmable_base import Slimmable
 
 NUM_EXITS = 3
 
@@ -230,6 +240,20 @@ def test_what_no_stage_reads_is_looked_at_with_the_first() -> None:
     network.parts[2][2].register_forward_hook(lambda module, given, out: 1.5 * out)
     one(images[0])
     assert not one.is_recorded
+
+
+def test_statistics_of_a_width_that_are_gathered_anew_are_noticed(monkeypatch) -> None:
+    """They are no buffers. A recording on a GPU reads the wide network, and not a kept copy."""
+    monkeypatch.setattr(Slimmable, "kept", lambda *_: None)
+    net = network()
+    image, leave_late = images(1), [math.inf, math.inf]
+    early = EarlyExit(net.at(0.35), leave_late, "confidence")
+    before = early(image).logits
+    recalibrate(net, [images(seed=3)], [partial(net, width_mult=0.35)])
+    after = early(image).logits
+    torch.testing.assert_close(after, early_exit(net.at(0.35), image, leave_late, "confidence")[0])
+    assert not torch.allclose(after, before)
+    assert early.is_recorded
 
 
 @pytest.mark.parametrize("is_root", [True, False])
