@@ -38,6 +38,7 @@ from networks.early_exit import (
 from networks.exit_queue import Queue, Reader
 from networks.recorded_exits import (
     NetworkWatch,
+    answering,
     can_be_recorded,
     kind_of,
     modules_of,
@@ -100,6 +101,7 @@ class ExitStream:
         self.network, self.criterion, self.batch_size = network, criterion, batch_size
         self.thresholds = list(thresholds)
         self._records = capture != "none" and can_be_recorded(network)
+        self._answering = network  # what runs
         self._num_rows = WINDOW * batch_size
         self._queues: list[Queue] = []  # of the stages that were needed so far
         self._limits: list[Tensor] = []  # (batch_size,) of each exit but the last
@@ -133,11 +135,7 @@ class ExitStream:
                 f"images are {describe(*kind)} now and were {describe(*self._kind)}: give all "
                 "batches of a stream alike, or start another one"
             )
-        if self._records and self._watch.has_changed():
-            self._steps.clear()
-            self._recorder = Recorder(images.device)  # the memory of the old one goes with it
-            self._records = can_be_recorded(self.network)
-            self._watch = NetworkWatch(modules_of(self.network))
+        self._look()
         while len(images):
             part, images = images.tensor_split([self._queues[0].num_missing])
             self._keep_window(len(part))
@@ -153,6 +151,7 @@ class ExitStream:
         self._check_is_whole()
         if not self._queues:
             return None
+        self._look()
         self._flush()
         self._take()
         return self._hand_over()
@@ -161,11 +160,20 @@ class ExitStream:
         if self._has_failed:
             raise ValueError("this stream has met logits that are not finite: start another one")
 
+    def _look(self) -> None:
+        """Forgets the recordings of a network that is another one now."""
+        before, self._answering = self._answering, answering(self.network)
+        if self._records and (self._answering is not before or self._watch.has_changed()):
+            self._steps.clear()
+            self._recorder = Recorder(self._recorder.device)  # the old one's memory goes with it
+            self._records = can_be_recorded(self._answering)
+            self._watch = NetworkWatch(modules_of(self._answering))
+
     def _start(self, images: Tensor) -> None:
         device = images.device
         self._kind = kind_of(images)
         self._recorder = Recorder(device)
-        self._watch = NetworkWatch(modules_of(self.network))
+        self._watch = NetworkWatch(modules_of(self._answering))
         # A GPU is to be busy while the host looks at what came of the runs before.
         self._max_runs = MAX_RUNS if device.type == "cuda" else 0
         self._reader = Reader(device, self.batch_size, self._max_runs + 1)
@@ -192,8 +200,8 @@ class ExitStream:
         """
         queue = self._queues[index]
         rows = queue.rows[queue.start : queue.start + num_rows]
-        state = self.network.stages[index](queue.block(num_rows))
-        logits = self.network.exits[index](state)
+        state = self._answering.stages[index](queue.block(num_rows))
+        logits = self._answering.exits[index](state)
         self._answer(rows, logits, index)
         if index == len(self.thresholds):
             return (logits * 0).sum(1) != 0

@@ -30,6 +30,7 @@ from networks.early_exit import (
     leaves,
     not_finite,
 )
+from networks.slimmable_exits import AtWidth
 from networks.slimmable_layers import SlimmableBatchNorm2d
 from networks.watch import Watch
 
@@ -44,7 +45,8 @@ class EarlyExit:
     stage by stage: an image that leaves costs no look behind its exit, and a change there is
     noticed by the next image that comes so far. Batches of more images go to `early_exit`, and so
     do all after a warning if the network cannot be recorded: it has hooks, asks the device for a
-    value, or needs more memory than there is.
+    value, or needs more memory than there is. Of a slimmable network at a width the narrow network
+    is recorded that is kept; when weights change, that is another one.
 
     Args:
         network: in evaluation mode. Hooks and parameters are looked for in its modules.
@@ -67,6 +69,7 @@ class EarlyExit:
         check_thresholds(thresholds, len(network.exits), criterion)
         self.network, self.thresholds, self.criterion = network, list(thresholds), criterion
         self._records = capture != "none" and can_be_recorded(network)
+        self._answering = network  # what is recorded
         self._states: list[State] = []  # before each stage, and behind the last; of one image
         self._stages: list[Callable[[], tuple[Tensor, Tensor]]] = []
         self._watches: list[NetworkWatch] = []  # of each stage
@@ -92,9 +95,15 @@ class EarlyExit:
         """Tells whether stages are recorded for an image; records them if none are for its kind."""
         # The network's flag alone: the watches know of those of its parts.
         is_training = getattr(self.network, "training", False)
-        if self._records and (is_training or self._recorded_for != kind_of(images)):
+        if not self._records:
+            return False
+        network = answering(self.network)
+        is_other = network is not self._answering or self._recorded_for != kind_of(images)
+        if is_training or is_other:
             check_evaluation_mode(self.network)
-            self._record(images)
+            self._answering, self._records = network, can_be_recorded(network)
+            if self._records:
+                self._record(images)
         return self._records
 
     def _replay(self, images: Tensor) -> Answers:
@@ -114,7 +123,7 @@ class EarlyExit:
         self._stages, self._recorded_for = [], None
         with torch.inference_mode(False):  # so that it may be written to in any mode
             self._states = [images.clone()]
-        reads = [Reads() for _ in self.network.exits]
+        reads = [Reads() for _ in self._answering.exits]
         for index, read in enumerate(reads):
             function = partial(self._run, index, as_now)
             replay = try_to_record(recorder, function, partial(rehearse, recorder, function, read))
@@ -123,20 +132,26 @@ class EarlyExit:
                 return
             replay()  # for the rehearsal of the next stage to see no rubbish
             self._stages.append(replay)
-        parts = divide(modules_of(self.network), reads)
+        parts = divide(modules_of(self._answering), reads)
         self._watches = list(map(NetworkWatch, parts))
         self._recorded_for = kind_of(images)
 
     def _run(self, index: int, as_now: Callable) -> tuple[Tensor, Tensor]:
         """Returns the logits of an exit, and whether they are the answer."""
         with torch.no_grad(), as_now():
-            state = self.network.stages[index](self._states[index])
-            logits = self.network.exits[index](state)
+            state = self._answering.stages[index](self._states[index])
+            logits = self._answering.exits[index](state)
             self._states[index + 1 :] = [state]
             if index == len(self.thresholds):
                 return logits, logits.isfinite().all()
             scores = exit_score(logits, self.criterion)
             return logits, leaves(scores, self.thresholds[index], self.criterion)
+
+
+def answering(network: HasExits) -> HasExits:
+    """Returns the network that answers: of one at a width, that of this width which is kept."""
+    kept = network.kept() if isinstance(network, AtWidth) else None
+    return network if kept is None else kept
 
 
 def kind_of(images: Tensor) -> object:

@@ -96,6 +96,10 @@ class AtWidth(MultiExitNetwork):
     def exits(self) -> Sequence[Callable[[State], Tensor]]:
         return self.network.staged(self.width_mult, self.gates).exits
 
+    def kept(self) -> MultiExitNetwork | None:
+        """Returns the narrow network that is kept, if any: another one once the weights change."""
+        return self.network.kept(self.width_mult, self.gates)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Returns the logits (N, num_classes) of every exit, shallow to deep."""
         return self.network(images, self.width_mult, self.gates)

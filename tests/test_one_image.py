@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_count import KernelCount
 from test_exit_stream import NETWORKS
 from test_slimmable_exits import images, network
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from torchvision.models import resnet18
 
 from networks import (
     EarlyExit,
+    ExitStream,
     MultiExitNetwork,
+    SlimmableWithExits,
     early_exit,
+    exit_stream,
     recalibrate,
     recorded_exits,
     with_exits,
@@ -76,6 +80,7 @@ class Replaying(Recorder):
 @pytest.fixture(autouse=True)
 def replaying(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(recorded_exits, "Recorder", Replaying)
+    monkeypatch.setattr(exit_stream, "Recorder", Replaying)
     monkeypatch.setattr(Replaying, "num_recordings", 0)
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -242,18 +247,60 @@ def test_what_no_stage_reads_is_looked_at_with_the_first() -> None:
     assert not one.is_recorded
 
 
-def test_statistics_of_a_width_that_are_gathered_anew_are_noticed(monkeypatch) -> None:
-    """They are no buffers. A recording on a GPU reads the wide network, and not a kept copy."""
-    monkeypatch.setattr(Slimmable, "kept", lambda *_: None)
-    net = network()
-    image, leave_late = images(1), [math.inf, math.inf]
-    early = EarlyExit(net.at(0.35), leave_late, "confidence")
-    before = early(image).logits
+def recalibrated(net: SlimmableWithExits) -> None:
     recalibrate(net, [images(seed=3)], [partial(net, width_mult=0.35)])
-    after = early(image).logits
-    torch.testing.assert_close(after, early_exit(net.at(0.35), image, leave_late, "confidence")[0])
+
+
+@torch.no_grad()
+def trained(net: SlimmableWithExits) -> None:
+    for parameter in net.parameters():
+        parameter.mul_(1.1)
+
+
+def hooked(net: SlimmableWithExits) -> None:
+    net.trunk.fc.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("change", [recalibrated, trained, hooked])
+@pytest.mark.parametrize("way", ["image", "stream"])
+def test_a_changed_width_is_noticed(way: str, change, is_kept: bool, monkeypatch) -> None:
+    """What is recorded is the narrow network that is kept; where none is, the wide one at work."""
+    if not is_kept:
+        monkeypatch.setattr(Slimmable, "kept", lambda *_: None)
+    net = network()
+    view, x, late = net.at(0.35), images(2), [math.inf, math.inf]
+    if way == "image":
+        run = EarlyExit(view, late, "confidence")
+        answer = lambda: torch.cat([run(image).logits for image in x.split(1)])  # noqa: E731
+    else:
+        run = ExitStream(view, late, "confidence", batch_size=2, capture="graphs")
+
+        def answer() -> Tensor:
+            run.push(x)
+            return run.finish().logits
+
+    for _ in range(3):  # a stream records later
+        before = answer()
+    num_recordings = Replaying.num_recordings
+    assert num_recordings > 0
+    change(net)
+    for _ in range(3):
+        after = answer()
+    torch.testing.assert_close(after, early_exit(view, x, late, "confidence").logits)
     assert not torch.allclose(after, before)
-    assert early.is_recorded
+    if change is not hooked and (is_kept or change is recalibrated):
+        assert Replaying.num_recordings > num_recordings
+
+
+def test_a_recorded_width_copies_no_weights() -> None:
+    net = network()
+    run = EarlyExit(net.at(0.35), [math.inf, math.inf], "confidence")
+    run(images(1))
+    with KernelCount() as count:
+        run(images(1))
+    assert run.is_recorded
+    assert count.names["aten::clone"] <= 1  # of the answer
 
 
 @pytest.mark.parametrize("is_root", [True, False])
