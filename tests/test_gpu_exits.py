@@ -4,10 +4,12 @@ import math
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from test_exit_stream import NETWORKS, Witness, thresholds_of, write_images
+from test_slimmable_exits import network as calibrated_width
 from torch import Tensor
 
 from networks import (
@@ -20,6 +22,7 @@ from networks import (
     early_exit_stream,
     exit_stream,
     join_answers,
+    recalibrate,
 )
 
 pytestmark = [
@@ -174,6 +177,23 @@ def test_other_weights_are_answered_with(change: str) -> None:
     expected = early_exit(network, images, limits).logits
     torch.testing.assert_close(answer_all(stream, images), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one(images[:1]).logits, expected[:1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_width_answers_with_its_weights_and_statistics() -> None:
+    net = calibrated_width().cuda().eval()
+    view, images = net.at(0.35), torch.randn(16, 3, 16, 16, device="cuda")
+    limits = [-math.inf, -math.inf]
+    stream, one = ExitStream(view, limits, "entropy", 8, "graphs"), EarlyExit(view, limits)
+    for change in (
+        lambda: None,
+        lambda: recalibrate(net, [images], [partial(net, width_mult=0.35)]),
+    ):
+        change()
+        expected = early_exit(view, images, limits).logits
+        for _ in range(2):
+            torch.testing.assert_close(answer_all(stream, images), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one(images[:1]).logits, expected[:1], rtol=1e-3, atol=1e-3)
+    assert one.is_recorded
 
 
 def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once() -> None:
