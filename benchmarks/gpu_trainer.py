@@ -5,7 +5,7 @@ import copy
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from benchmarks.gpu_training import captured
 from benchmarks.input_pipeline import RandomCIFAR10
 from benchmarks.timing import Times, describe_failure, shuffled_rounds
 from lightning_modules import LitResNet, sgd
-from networks import CifarResNet, wait_for
+from networks import Capture, CifarResNet, wait_for
 
 Batch = tuple[Tensor, Tensor]
 
@@ -40,7 +40,8 @@ class Turns:
         setting: Setting,
     ):
         self.sources, self.others, self.device = sources, others, setting.device
-        self.num_steps, self.num_rounds = setting.pick(50, 2), setting.pick(9, 1)
+        many = 50 if setting.device.type == "cuda" else 10
+        self.num_steps, self.num_rounds = setting.pick(many, 2), setting.pick(9, 1)
         self.seconds: dict[str, list[float]] = {name: [] for name in [*sources, *others]}
         self.name = ""
 
@@ -159,10 +160,12 @@ class CIFARInTurn(RandomCIFAR10):
         return self.same
 
 
-def data(report: Report, setting: Setting) -> None:
+def data(
+    report: Report, setting: Setting, captures: Sequence[Capture] = ("none", "graphs")
+) -> None:
     """A Trainer on a data set beside one on a batch, ResNet-20: bytes as many as CIFAR-10's."""
     num_images, size = setting.pick(50_000, 512), setting.pick(20, 8)
-    for capture in ("none", "graphs"):
+    for capture in captures:
         how = {"none": "eager", "graphs": "captured"}[capture]
         title = f"images/s: a data set like CIFAR-10 / one batch, {how} ResNet-{size}"
         module = CIFARInTurn(num_images, setting)
