@@ -174,8 +174,7 @@ def data(
         except Exception as error:  # any: a line that says why, and the rest goes on
             report.add(title, None, at_least=0.97, reason=describe_failure(error))
             continue
-        times = module.turns.times()
-        report.show(
-            f"ResNet-{size}, batch {module.batch_size}, TF32, {how}", times, module.batch_size
-        )
+        times, count = module.turns.times(), module.batch_size
+        precision = "TF32" if setting.device.type == "cuda" else "float32"
+        report.show(f"ResNet-{size}, batch {count}, {precision}, {how}", times, count)
         report.ratio(title, times, "one batch", "the data set", at_least=0.97)
