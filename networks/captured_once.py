@@ -8,6 +8,7 @@ too.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -78,11 +79,14 @@ class Once:
                 if counter is not None:
                     place = Place(module._buffers, "num_batches_tracked")
                     self._counters.setdefault(counter, []).append(place)
+        # Views of one counter are raised together, which their values would tell twice.
+        times = Counter(map(Tensor.data_ptr, self._counters))
+        self._counters = {c: p for c, p in self._counters.items() if times[c.data_ptr()] == 1}
 
     def observe(self, run: Callable[[], Sequence[Tensor]]) -> StandIns:
         """Runs a part, which returns its outputs with history, and returns what can stand in."""
         before = self._count()
-        with Uses([*self._weights, *self._counters]) as uses:
+        with Uses([*self._weights, *self._counters], self._dtype) as uses:
             outputs = run()
         raised = [now - then for now, then in zip(self._count(), before, strict=True)]
         counted = uses.only_by(COUNTING)
@@ -92,7 +96,14 @@ class Once:
             if counter in counted
         }
         only_converted = uses.only_by(CONVERTING) & copied_leaves(outputs)
-        weights = [weight for weight in self._weights if weight in only_converted]
+        stand_ins = self._stand_in(only_converted, counts)
+        # A part that holds a weight elsewhere, too, as in a list, goes on reading it there.
+        with Uses(stand_ins.converted, self._dtype) as uses, stand_ins.hung():
+            run()
+        return self._stand_in(only_converted - uses.seen(), counts)
+
+    def _stand_in(self, chosen: set[Tensor], counts: dict[Tensor, int]) -> StandIns:
+        weights = [weight for weight in self._weights if weight in chosen]
         for weight in weights:
             if weight not in self._converted:
                 self._converted[weight] = nn.Parameter(weight.detach().to(self._dtype))
@@ -126,21 +137,32 @@ class Once:
 
 
 class Uses(TorchFunctionMode):
-    """Notes which functions of torch are given some tensors."""
+    """Notes which functions of torch are given some tensors.
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    Args:
+        tensors: those.
+        dtype: to which autocast converts; a function under another one is not told from others.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> None:
         super().__init__()
-        self._functions: dict[Tensor, set[Callable]] = {tensor: set() for tensor in tensors}
+        self._functions: dict[Tensor, set[Callable | None]] = {tensor: set() for tensor in tensors}
+        self._dtype = dtype
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and value in self._functions:
-                self._functions[value].add(func)
+                is_usual = self._dtype in (None, torch.get_autocast_dtype(value.device.type))
+                self._functions[value].add(func if is_usual else None)
         return func(*args, **(kwargs or {}))
+
+    def seen(self) -> set[Tensor]:
+        """Returns the tensors that some function was given."""
+        return {each for each, seen in self._functions.items() if seen}
 
     def only_by(self, functions: set[Callable]) -> set[Tensor]:
         """Returns the tensors that these functions were given, and no other."""
-        return {each for each, seen in self._functions.items() if seen and seen <= functions}
+        return {each for each in self.seen() if self._functions[each] <= functions}
 
 
 def copied_leaves(outputs: Sequence[Tensor]) -> set[Tensor]:

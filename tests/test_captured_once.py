@@ -113,7 +113,44 @@ class Frozen(Small):
         return self
 
 
-KINDS = [Small, Twice, Tied, Standardised, Doubled, WithFunction, Averaged, Frozen]
+class Listed(Small):
+    """Reads a weight from a list, where nothing can stand in for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed = [self.fc.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.features(x).mean((2, 3)), self.listed[0], self.fc.bias)
+
+
+class OtherPrecision(Small):
+    """Runs a layer in another type of 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).mean((2, 3))
+        with torch.autocast(x.device.type, torch.float16):
+            return self.fc(x)
+
+
+class CountedInPairs(Small):
+    """The counters of two BN are views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.another = nn.BatchNorm2d(3)
+        counters = torch.zeros(1, dtype=torch.int64)
+        self.norm.num_batches_tracked = counters[0]
+        self.another.num_batches_tracked = counters[0]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.another(super().features(x))
+
+
+KINDS = [
+    *(Small, Twice, Tied, Standardised, Doubled, WithFunction, Averaged, Frozen, Listed),
+    *(OtherPrecision, CountedInPairs),
+]
 
 
 def steps(run: Callable, network: nn.Module, device: torch.device, num_steps: int = 3) -> None:
@@ -163,6 +200,8 @@ def test_numbers_are_those_of_eager_code(kind: type, place: str) -> None:
         (Doubled, ["second.weight"]),
         (WithFunction, ["scale.weight"]),
         (Frozen, ["first.weight", "first.bias"]),
+        (Listed, ["fc.weight"]),
+        (OtherPrecision, ["fc.weight", "fc.bias"]),
     ],
 )
 def test_what_is_converted_together(kind: type, left: list[str], place: str) -> None:
