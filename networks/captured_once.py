@@ -72,7 +72,10 @@ class Once:
         self._converted: dict[Tensor, nn.Parameter] = {}
         for module in modules:
             for name, weight in module._parameters.items():
-                if dtype is not None and weight is not None and weight.dtype == torch.float32:
+                # None, or of a class of its own, which may compute in its own way.
+                if type(weight) is not nn.Parameter:
+                    continue
+                if dtype is not None and weight.dtype == torch.float32:
                     self._weights.setdefault(weight, []).append(Place(module._parameters, name))
             if type(module) in NORMS:
                 counter = module._buffers.get("num_batches_tracked")
@@ -107,6 +110,7 @@ class Once:
         for weight in weights:
             if weight not in self._converted:
                 self._converted[weight] = nn.Parameter(weight.detach().to(self._dtype))
+                vars(self._converted[weight]).update(vars(weight))  # what users hang on it
         converted = {weight: self._converted[weight] for weight in weights}
         places = [
             (place, converted[weight]) for weight in weights for place in self._weights[weight]

@@ -124,6 +124,30 @@ class Listed(Small):
         return F.linear(self.features(x).mean((2, 3)), self.listed[0], self.fc.bias)
 
 
+class Scaling(nn.Parameter):
+    """A weight in a class of its own, which doubles what is computed with it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result if func is F.linear else result
+
+    def __deepcopy__(self, memo: dict) -> "Scaling":
+        return Scaling(self.detach().as_subclass(Tensor).clone())
+
+
+class Special(Small):
+    """A weight of another class, and one that an attribute was hung on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc.weight = Scaling(self.fc.weight.detach())
+
+    def features(self, x: Tensor) -> Tensor:
+        self.second.weight.gain = 1.5
+        return super().features(x) * self.second.weight.gain
+
+
 class OtherPrecision(Small):
     """Runs a layer in another type of 16 bits."""
 
@@ -149,7 +173,7 @@ class CountedInPairs(Small):
 
 KINDS = [
     *(Small, Twice, Tied, Standardised, Doubled, WithFunction, Averaged, Frozen, Listed),
-    *(OtherPrecision, CountedInPairs),
+    *(Special, OtherPrecision, CountedInPairs),
 ]
 
 
@@ -201,6 +225,7 @@ def test_numbers_are_those_of_eager_code(kind: type, place: str) -> None:
         (WithFunction, ["scale.weight"]),
         (Frozen, ["first.weight", "first.bias"]),
         (Listed, ["fc.weight"]),
+        (Special, ["fc.weight"]),
         (OtherPrecision, ["fc.weight", "fc.bias"]),
     ],
 )
