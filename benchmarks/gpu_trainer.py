@@ -16,6 +16,7 @@ from benchmarks.gpu_report import Report, Setting
 from benchmarks.gpu_training import captured
 from benchmarks.input_pipeline import RandomCIFAR10
 from benchmarks.timing import Times, describe_failure, shuffled_rounds
+from datamodules import LabelledImages
 from lightning_modules import LitResNet, sgd
 from networks import Capture, CifarResNet, wait_for
 
@@ -137,6 +138,9 @@ class CIFARInTurn(RandomCIFAR10):
         super().__init__(num_images)
         self.setting = setting
         self.same: Batch | None = None
+
+    def makes_blocks(self, train: LabelledImages) -> bool:
+        return train.images.is_cuda  # as without the method below, which changes no batch
 
     def train_dataloader(self) -> Turns:
         loader = super().train_dataloader()

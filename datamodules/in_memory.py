@@ -35,6 +35,12 @@ BLOCK = 2**24
 BYTES_TO_MAKE = 10
 """Of memory for each of these values while they are made: twice as a byte, twice as float32."""
 
+HOOKS = (
+    *("load_train", "on_before_batch_transfer", "transfer_batch_to_device"),
+    *("on_after_batch_transfer", "finish"),
+)
+"""Methods by which a training batch goes from the data set to the steps."""
+
 
 def has_room(pools: Pools, device: torch.device) -> bool:
     """Returns whether pools may lie on a device: a GPU with enough free memory.
@@ -189,8 +195,14 @@ class InMemoryDataModule(ImageDataModule):
         return self._take(train, self._train_indices, batches, *numbers)
 
     def makes_blocks(self, train: LabelledImages) -> bool:
-        """Returns whether training batches are slices of blocks: of images that lie on a GPU."""
-        return train.images.is_cuda
+        """Returns whether training batches are slices of blocks: of images that lie on a GPU.
+
+        They are not where a subclass has a method of its own that may change batches: it expects
+        bytes, and one batch at a time.
+        """
+        return train.images.is_cuda and all(
+            getattr(type(self), name) is getattr(InMemoryDataModule, name) for name in HOOKS
+        )
 
     def _draw(self, epoch: int) -> list[Tensor]:
         """Returns what chance gives to the training samples: a view (num_samples,), and a box."""

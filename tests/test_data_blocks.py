@@ -13,6 +13,7 @@ from test_datamodules import Numbered, Recorder, elsewhere, ready, received, tra
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from callbacks.bn_recalibration import training_images
+from datamodules.in_memory import HOOKS
 
 NUM_VALUES = 3 * 6 * 8
 """Of an image."""
@@ -106,6 +107,17 @@ def test_evaluation_and_images_that_are_not_on_a_gpu_stay_bytes(in_blocks, monke
     monkeypatch.undo()
     assert not data.makes_blocks(data._pools()[0])
     assert all(batch[0].dtype == torch.uint8 for batch in data.train_dataloader())
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_method_that_may_change_batches_gets_single_ones_of_bytes(name):
+    class Own(Numbered):
+        pass
+
+    on_gpu = SimpleNamespace(images=SimpleNamespace(is_cuda=True))
+    assert Own().makes_blocks(on_gpu)
+    setattr(Own, name, lambda self, batch, *others: getattr(Numbered, name)(self, batch, *others))
+    assert not Own().makes_blocks(on_gpu)
 
 
 def test_blocks_are_made_where_the_images_lie_and_read_nothing_back(in_blocks, monkeypatch):
