@@ -196,6 +196,9 @@ class CapturedNetwork:
 
     def make_chain(self, images: Tensor, gates: Tensor | None) -> Chain:
         network, compiles = self.network, self.capture == "compiled"
+        if any(parameter._backward_hooks for parameter in network.parameters()):
+            # The recording would run it, too, and autograd once more on what comes of that.
+            raise RuntimeError("a parameter has a hook")
         source = Buffer(images, has_gradient=False)
         source.value.copy_(images)
         # Compiled as a whole, a deep network takes minutes; its blocks are few kinds.

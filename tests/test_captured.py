@@ -601,3 +601,16 @@ def test_too_little_memory_is_told(device: torch.device, monkeypatch: pytest.Mon
     (said,) = captured.run.said
     assert "not enough for" in said
     assert "lower batch_size, or set capture to none" in said
+
+
+def test_hook_of_a_parameter_is_run_once(device: torch.device) -> None:
+    """On a gradient that went through a recording, it would run twice."""
+    eager = make(NETWORKS["A"], device)
+    network, said = copy.deepcopy(eager), []
+    for net in (eager, network):
+        net.bn1.weight.register_hook(lambda gradient: 2 * gradient)
+    images = torch.randn(4, 3, 32, 32, device=device, dtype=eager.fc.weight.dtype)
+    for run in (eager, CapturedNetwork(network, say=said.append)):
+        run(images).square().sum().backward()
+    same(network.bn1.weight.grad, eager.bn1.weight.grad, device)
+    assert "a parameter has a hook" in said[0]
