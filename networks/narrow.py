@@ -127,6 +127,7 @@ class Kept(NamedTuple):
     tensors: list[Tensor | None]
     stamps: list[int]
     statistics: list[Tensor | None]
+    scalars: list[object]
 
 
 class KeptWidths:
@@ -134,8 +135,9 @@ class KeptWidths:
 
     A plain network shares the memory of what needs no copy to be dense. Of the rest it has copies,
     which are out of date once a parameter was replaced, moved or, as its version counter tells,
-    changed. Changes through `.data` have no version: `train` and `eval` of the network, which
-    Lightning calls around every evaluation, drop all copies.
+    changed, or an attribute in `networks.watch.SCALARS`. Changes through `.data` have no version:
+    `train` and `eval` of the network, which Lightning calls around every evaluation, drop all
+    copies.
     """
 
     LIMIT = 16  # as many widths as the papers evaluate
@@ -173,12 +175,14 @@ class KeptWidths:
             or now != kept.stamps
             or not same(tensors, kept.tensors)
             or not same(self._statistics(kept.name), kept.statistics)
+            or self._watch.scalars() != kept.scalars
         ):
             # Tensors of inference mode would have no version for others to watch.
             with torch.inference_mode(False), torch.no_grad():
                 name, plain = make()
                 make_dense(plain.requires_grad_(False))
-            kept = Kept(plain, name, tensors, now, self._statistics(name))
+            statistics, scalars = self._statistics(name), self._watch.scalars()
+            kept = Kept(plain, name, tensors, now, statistics, scalars)
             self._kept[key] = kept
         self._kept.move_to_end(key)
         if len(self._kept) > self.LIMIT:

@@ -149,10 +149,9 @@ class SlimmableBatchNorm2d(nn.Module):
             and with what momentum.
     """
 
-    eps = 1e-5
-
     def __init__(self, num_features: int):
         super().__init__()
+        self.eps = 1e-5
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.statistics: dict[str, Tensor] = {}

@@ -103,8 +103,11 @@ class Watch:
         values: list[object] = list(map(itemgetter("training"), self._attributes))
         if self._trains:
             values += map(attrgetter("requires_grad"), tensors)
-        values += map(dict.__getitem__, *self._scalars)
-        return values
+        return values + self.scalars()
+
+    def scalars(self) -> list[object]:
+        """Returns the attributes in `SCALARS` of the modules that had them from the beginning."""
+        return list(map(dict.__getitem__, *self._scalars))
 
     def is_as(self, before: Look) -> bool:
         """Tells whether the network is what it was; the values of its tensors may have changed."""

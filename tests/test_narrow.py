@@ -217,10 +217,14 @@ def replace_statistics(net: nn.Module) -> None:
     norm.statistics = {name: 2 * values for name, values in norm.statistics.items()}
 
 
+def set_eps(net: nn.Module) -> None:
+    net.units[1].layers[0].norm.eps = 0.5
+
+
 CHANGES = [
     *(step, edit_in_place, edit_in_inference_mode, edit_scale, edit_data_between_modes),
     *(assign_data, replace_parameter, replace_module, load, partial(load, assign=True)),
-    *(recalibrate_again, edit_statistics, replace_statistics),
+    *(recalibrate_again, edit_statistics, replace_statistics, set_eps),
 ]
 
 
@@ -268,6 +272,11 @@ def test_switches_are_kept_too() -> None:
     before = logits(net)
     net.train()(images(), 0.5)  # its BN has seen a batch
     net.eval()
+    assert not torch.equal(logits(net), before)
+    assert_current(net)
+    before = logits(net)
+    for switch in net.units[0].norm.switches:
+        switch.eps = 0.5
     assert not torch.equal(logits(net), before)
     assert_current(net)
     step(net)
