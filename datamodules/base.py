@@ -251,7 +251,14 @@ class ImageDataModule(LightningDataModule):
         return EpochLoader(len(batches), lambda: self.load_eval(batches, split))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return batch if isinstance(batch, Finished) else self.finish(batch)
+        if isinstance(batch, Finished):
+            return batch
+        require(
+            not batch[0].is_floating_point(),
+            f"the images of a batch are {batch[0].dtype} and not `Finished`: give bytes, which "
+            "are normalised here, or keep the type of the batch",
+        )
+        return self.finish(batch)
 
     def finish(self, batch: Batch) -> Finished:
         """Returns what the steps receive of a batch of bytes, on the device of its images."""

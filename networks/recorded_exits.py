@@ -132,8 +132,11 @@ class EarlyExit:
                 return
             replay()  # for the rehearsal of the next stage to see no rubbish
             self._stages.append(replay)
-        parts = divide(modules_of(self._answering), reads)
-        self._watches = list(map(NetworkWatch, parts))
+        modules = modules_of(self._answering)
+        first, *others = divide(modules, reads)
+        # Which stage calls a module without tensors, nothing tells; another may be in its place.
+        parents = [each for each in modules if not all(map(has_tensors, each.children()))]
+        self._watches = [NetworkWatch(first, parents), *map(NetworkWatch, others)]
         self._recorded_for = kind_of(images)
 
     def _run(self, index: int, as_now: Callable) -> tuple[Tensor, Tensor]:
@@ -199,6 +202,10 @@ def modules_of(network: HasExits) -> list[nn.Module]:
     return list(dict.fromkeys(chain.from_iterable(modules)))
 
 
+def has_tensors(module: nn.Module) -> bool:
+    return bool([*module.parameters(), *module.buffers()])
+
+
 def divide(modules: Iterable[nn.Module], reads: Sequence[Reads]) -> list[list[nn.Module]]:
     """Divides modules among stages: each goes to the first that reads a tensor in it.
 
@@ -226,11 +233,11 @@ class NetworkWatch(Watch):
     It keeps the memory of their tensors, so that an outdated recording does no harm.
 
     Args:
-        modules: see `Watch`.
+        modules, parents: see `Watch`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        super().__init__(modules, trains=False)
+    def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module] = ()):
+        super().__init__(modules, parents, trains=False)
         self._norms = [each for each in self.modules if isinstance(each, SlimmableBatchNorm2d)]
         self._before = self.look()
         self._held = [tensor.detach() for tensor in self.tensors() if tensor is not None]

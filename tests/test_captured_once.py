@@ -16,7 +16,7 @@ from test_captured import DEVICES, NETWORKS, make
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from networks import CapturedNetwork, CifarResNet
+from networks import CapturedNetwork, CifarResNet, SlimmableCifarResNet
 
 
 class Small(nn.Module):
@@ -241,6 +241,20 @@ def test_what_is_converted_together(kind: type, left: list[str], place: str) -> 
     ]
     layers = [name for name, _ in network.named_parameters() if "norm" not in name]
     assert converted == [name for name in layers if name not in left]
+
+
+def test_a_wide_network_at_full_width_converts_its_weights_together() -> None:
+    """It reads their shapes, to know what a width cuts."""
+    network = make(
+        lambda: SlimmableCifarResNet(8, width_mult_range=(0.5, 1.0)), torch.device("cpu")
+    )
+    run = CapturedNetwork(
+        network, run=functools.partial(network, width_mult=1.0), say=lambda _: None
+    )
+    steps(run, network, torch.device("cpu"), 1)
+    (_, part) = run.chain.steps[0]
+    layers = [each for each in network.parameters() if each.dim() == 4]
+    assert list(part.stand_ins.converted) == layers
 
 
 @pytest.mark.parametrize("place", DEVICES)

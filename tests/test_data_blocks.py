@@ -194,3 +194,11 @@ def test_a_trainer_that_resumes_within_a_block_sees_what_single_batches_hold(tmp
         resumed = Recorder()
         trainer(tmp_path).fit(resumed, datamodule=Numbered(random_erasing=0.5), ckpt_path=path)
         assert resumed.seen == whole.seen[step:]
+
+
+def test_floats_that_lost_their_type_are_refused():
+    """They may be normalised already: somebody on the way has made a tuple of a finished batch."""
+    data = ready()
+    images, labels = next(iter(received(data, data.train_epoch(0))))
+    with pytest.raises(ValueError, match="float32 and not `Finished`: give bytes"):
+        data.on_after_batch_transfer((images, labels), 0)
