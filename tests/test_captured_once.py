@@ -254,7 +254,7 @@ def test_a_wide_network_at_full_width_converts_its_weights_together() -> None:
     steps(run, network, torch.device("cpu"), 1)
     (_, part) = run.chain.steps[0]
     layers = [each for each in network.parameters() if each.dim() == 4]
-    assert set(part.stand_ins.converted) == set(layers)
+    assert set(part.stand_ins.converted) >= set(layers)
 
 
 @pytest.mark.parametrize("place", DEVICES)
