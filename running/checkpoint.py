@@ -160,13 +160,12 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.is_step_whole = pl_module.ends_step(batch_idx)
+        if not self.is_step_whole or _hands_over(trainer, batch_idx):
+            return
         step = trainer.global_step
         due = step % self.every_n_steps == 0
-        alone = trainer.world_size == 1
-        asks = self.reason_to_leave(trainer) if alone else step % STEPS_BETWEEN_ASKING == 0
-        if not (self.is_step_whole and (due or asks)) or _hands_over(trainer, batch_idx):
-            return
-        reason = self.reason_to_leave(trainer)
+        asks = due or trainer.world_size == 1 or step % STEPS_BETWEEN_ASKING == 0
+        reason = self.reason_to_leave(trainer) if asks else 0
         if (due or reason) and step != self.saved_step:
             self.save(trainer, LAST)
         leave_for(reason, trainer)
