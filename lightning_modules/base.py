@@ -70,7 +70,7 @@ class ImageClassifier(LearningModule, TunedModule):
         self.test_answers: dict[str, PointAnswers] = {}
         self._answers: list[dict[str, PointAnswers]] = []  # of the batches of the present test
 
-        # Not persistent: they are no part of the weights.
+        # Not persistent: no part of the weights.
         self.eval_loss = MeanOverImages()
         self.eval_acc = nn.ModuleDict()
 
@@ -194,7 +194,7 @@ class ImageClassifier(LearningModule, TunedModule):
         is saved at the end of this batch must not be ahead of the metrics, or a resumed run would
         miss a row.
 
-        What is not logged now is added up later, on the host. `loss` is kept until then, so nobody
+        Means over the epoch are added up when losses are checked. `loss` is kept until then: nobody
         may change it in place.
         """
         trainer, step = self.trainer, self.global_step
