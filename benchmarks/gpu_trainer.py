@@ -19,6 +19,7 @@ from benchmarks.timing import Times, describe_failure, shuffled_rounds
 from datamodules import LabelledImages
 from lightning_modules import LitResNet, sgd
 from networks import Capture, CifarResNet, wait_for
+from running import NoProfiler, progress_bar
 
 Batch = tuple[Tensor, Tensor]
 
@@ -88,7 +89,7 @@ class Given(LightningDataModule):
 
 
 def fit(net: CifarResNet, capture: str, data: LightningDataModule, setting: Setting) -> None:
-    """Trains for one epoch with a progress bar, as every run has one, and prints nothing."""
+    """Trains for one epoch, profiler and progress bar as every run has them; prints nothing."""
     module = LitResNet(net)
     module.capture = capture
     with contextlib.redirect_stdout(io.StringIO()):
@@ -100,6 +101,8 @@ def fit(net: CifarResNet, capture: str, data: LightningDataModule, setting: Sett
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
+            profiler=NoProfiler(),
+            callbacks=[progress_bar()],
         )
         trainer.fit(module, datamodule=data)
 

@@ -13,7 +13,7 @@ from lightning_modules.answers import PointAnswers, gather_points
 from lightning_modules.fitting import check_data, check_same_network
 from lightning_modules.learning import Batch, LearningModule
 from lightning_modules.losses import LossWatch, stopped
-from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, count_right
+from lightning_modules.metrics import FULL, MeanOverImages, accuracy_name, answers_right
 from lightning_modules.recipe import NONE, Recipe
 from lightning_modules.schedules import Interval
 from lightning_modules.tuned import OptimizerFactory, SchedulerFactory, TunedModule, sgd
@@ -70,10 +70,7 @@ class ImageClassifier(LearningModule, TunedModule):
         self.test_answers: dict[str, PointAnswers] = {}
         self._answers: list[dict[str, PointAnswers]] = []  # of the batches of the present test
 
-        # Not persistent: they are no part of the weights. A checkpoint holds them beside the state
-        # dict.
-        self.train_loss = MeanOverImages()
-        self.train_acc = MeanOverImages()
+        # Not persistent: no part of the weights.
         self.eval_loss = MeanOverImages()
         self.eval_acc = nn.ModuleDict()
 
@@ -165,20 +162,21 @@ class ImageClassifier(LearningModule, TunedModule):
         Lightning divides every loss by `accumulate_grad_batches`, even where a step has fewer.
         """
         period = self.trainer.accumulate_grad_batches
-        num_batches = self.batches_in_step(self.trainer.fit_loop.epoch_loop.batch_idx)
-        if num_batches != period:
-            loss = loss * (period / num_batches)
+        if period > 1:
+            num_batches = self.batches_in_step(self.trainer.fit_loop.epoch_loop.batch_idx)
+            if num_batches != period:
+                loss = loss * (period / num_batches)
         super().backward(loss)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout and the like draw from the global generator. Seeding it by the step, rather than
         # saving its state, serves every rank and every device, and a checkpoint of another number
         # of ranks.
-        key = ("train", self.seed, self.global_step, batch_idx, self.global_rank)
+        seed = key_to_seed("train", self.seed, self.global_step, batch_idx, self.global_rank)
         # Not torch.manual_seed: it formats a stack trace, every step, for devices not there.
-        torch.default_generator.manual_seed(key_to_seed(*key))
+        torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(key_to_seed(*key))
+            torch.cuda.manual_seed(seed)
 
     @property
     def is_fitting(self) -> bool:
@@ -195,13 +193,14 @@ class ImageClassifier(LearningModule, TunedModule):
         Values go to the loggers at once, not after the batch as with `self.log`: a checkpoint that
         is saved at the end of this batch must not be ahead of the metrics, or a resumed run would
         miss a row.
+
+        Means over the epoch are added up when losses are checked. `loss` is kept until then: nobody
+        may change it in place.
         """
         trainer, step = self.trainer, self.global_step
         labels = targets.argmax(1) if targets.is_floating_point() else targets
-        loss = loss.detach().clone()
-        self.losses.add(loss, step, self.current_epoch)
-        self.train_loss.update(loss * len(labels), len(labels))
-        self.train_acc.update(count_right(logits.detach(), labels), len(labels))
+        loss = loss.detach()
+        self.losses.add(loss, answers_right(logits.detach(), labels), step, self.current_epoch)
         # For callbacks that monitor it. `self.log` would take a fifth of the time of the Trainer.
         trainer.callback_metrics["train/loss"] = loss
         if (step + 1) % trainer.log_every_n_steps == 0 and self.ends_step(batch_idx):
@@ -217,13 +216,8 @@ class ImageClassifier(LearningModule, TunedModule):
 
     def on_train_epoch_end(self) -> None:
         self.losses.check(self.trainer)
-        means = {
-            "train/loss_epoch": self.train_loss.compute().item(),
-            "train/acc": self.train_acc.compute().item(),
-        }
-        self.log_now(means, self.global_step - 1)
-        self.train_loss.reset()
-        self.train_acc.reset()
+        self.log_now(self.losses.sums.means(self.device), self.global_step - 1)
+        self.losses.sums.reset()
 
     def log_now(self, metrics: dict[str, float], step: int) -> None:
         """Gives metrics to every logger under a step, with the epoch."""
@@ -242,7 +236,7 @@ class ImageClassifier(LearningModule, TunedModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.losses.seen.clear()  # of a training that has failed
+        self.losses.forget()  # those of a training that has failed
         data = self.trainer.datamodule
         # A data module of the user's own need not say what is in it.
         check_data(self.net, getattr(data, "num_classes", None), getattr(data, "image_shape", None))
@@ -257,7 +251,7 @@ class ImageClassifier(LearningModule, TunedModule):
         loss = F.cross_entropy(logits[FULL], labels)
         self.eval_loss.update(loss * len(labels), len(labels))
         for name, values in logits.items():
-            self.eval_acc[_key(name)].update(count_right(values, labels), len(labels))
+            self.eval_acc[_key(name)].update(answers_right(values, labels).sum(), len(labels))
         return logits
 
     def finish_evaluation(self, split: str) -> dict[str, Tensor]:
@@ -324,11 +318,7 @@ class ImageClassifier(LearningModule, TunedModule):
         self.losses.check(self.trainer)
         # Every rank comes here, and rank 0 writes. The sums of the ranks are kept apart: added in
         # another order they would round differently.
-        sums = {
-            f"{name}.{key}": value.cpu().clone()
-            for name in ("train_loss", "train_acc")
-            for key, value in getattr(self, name).metric_state.items()
-        }
+        sums = self.losses.sums.to_checkpoint()
         ranks = [sums]
         if self.trainer.world_size > 1:
             ranks = [{}] * self.trainer.world_size
@@ -347,11 +337,8 @@ class ImageClassifier(LearningModule, TunedModule):
             sums = {key: sum(rank[key] for rank in ranks) for key in ranks[0]}
         else:
             return
-        for name, value in sums.items():
-            metric_name, key = name.split(".")
-            metric = getattr(self, metric_name)
-            setattr(metric, key, value.to(metric.device))
-            metric._update_count = 1  # Otherwise the metric warns that it was never updated.
+        if sums:
+            self.losses.sums.from_checkpoint(sums)
 
 
 def _key(name: str) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_modules.recipe import Recipe, mix_images, mix_labels
 
 Batch = tuple[Tensor, Tensor]
+OFTEN_SET = {"_current_fx_name", "_mixes", "_smoothes"}
+"""Attributes that steps set; the first is Lightning's, for the hook that runs: 50 times a step."""
 
 
 class LearningModule(pl.LightningModule):
@@ -24,6 +26,12 @@ class LearningModule(pl.LightningModule):
     recipe: Recipe
     seed: int
     _mixes = _smoothes = False  # whether a training step has asked for it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OFTEN_SET:  # among parameters, modules and buffers torch would look for it
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def mixed(self, batch: Batch, batch_idx: int) -> Batch:
         """Returns a training batch as `recipe` mixes it; every `training_step` begins with it.

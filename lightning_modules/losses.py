@@ -1,4 +1,4 @@
-"""Losses that are not finite: noticed when somebody asks, so that no step waits for its device."""
+"""What training batches gave, read when somebody asks, so that no step waits for its device."""
 
 import math
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
+
+from lightning_modules.epoch_sums import EpochSums
 
 
 class LossNotFinite(FloatingPointError):
@@ -21,9 +23,10 @@ class LossNotFinite(FloatingPointError):
 
 
 class Seen(NamedTuple):
-    """The loss of one batch, on its device, and where in the training it was."""
+    """What one batch gave, on its device, and where in the training it was."""
 
     loss: Tensor
+    is_right: Tensor
     step: int
     epoch: int
 
@@ -34,17 +37,33 @@ class LossWatch:
     To read a loss is to wait for the device. So they are read together: when metrics are logged,
     before a validation, at the end of an epoch, and before every save. A bad loss may reach the
     weights meanwhile, never a checkpoint.
+
+    Attributes:
+        sums: of the epoch so far, up to the latest check.
     """
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
+        self.sums = EpochSums()
 
-    def add(self, loss: Tensor, step: int, epoch: int) -> None:
-        """Keeps a loss, a tensor () that nobody changes any more, for the next check."""
-        self.seen.append(Seen(loss, step, epoch))
+    def add(self, loss: Tensor, is_right: Tensor, step: int, epoch: int) -> None:
+        """Keeps what a batch gave for the next check; nobody changes these tensors any more.
+
+        Args:
+            loss: the mean over the images, ().
+            is_right: whether each answer is right, (N,).
+            step: how many optimizer steps have made the weights.
+            epoch: from 0.
+        """
+        self.seen.append(Seen(loss, is_right, step, epoch))
+
+    def forget(self) -> None:
+        """Starts another training."""
+        self.seen.clear()
+        self.sums.reset()
 
     def check(self, trainer: Trainer, flag: int = 0) -> int:
-        """Forgets the losses if all of them are finite; all ranks have to call it.
+        """Adds up the losses and forgets them, if all are finite; all ranks have to call it.
 
         Returns:
             The largest flag that any rank has passed.
@@ -52,7 +71,9 @@ class LossWatch:
         Raises:
             LossNotFinite: on all ranks, if a loss of any of them is not finite.
         """
-        values = torch.stack([each.loss for each in self.seen]).tolist() if self.seen else []
+        seen = [each.loss for each in self.seen]
+        losses = torch.stack(seen).cpu() if seen else torch.empty(0)
+        values = losses.tolist()
         first = next((i for i, v in enumerate(values) if not math.isfinite(v)), len(values))
         if trainer.world_size > 1:
             # The ranks have seen the same batches of the same steps. Lightning's reduce would add a
@@ -64,6 +85,8 @@ class LossWatch:
         if first < len(values):
             value = values[first] if not math.isfinite(values[first]) else "not finite"
             raise stopped(value, self.seen[first].step, self.seen[first].epoch)
+        if seen:
+            self.sums.add(losses, [each.is_right for each in self.seen])
         self.seen.clear()
         return flag
 

@@ -32,8 +32,8 @@ class MeanOverImages(Metric):
         for name in ("total", "num_images"):
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
 
-    def update(self, total: Tensor, num_images: int) -> None:
-        """Counts a batch, of which `total` is the sum of the value over its images."""
+    def update(self, total: Tensor | float, num_images: int) -> None:
+        """Counts images, over which `total` is the sum of the value."""
         self.total += total
         self.num_images += num_images
 
@@ -42,6 +42,6 @@ class MeanOverImages(Metric):
         return self.total / self.num_images
 
 
-def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns how many of the labels (N,) have the largest of the logits (N, num_classes)."""
-    return (logits.argmax(1) == labels).sum()
+def answers_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns which of the labels (N,) have the largest of the logits (N, num_classes)."""
+    return logits.argmax(1) == labels

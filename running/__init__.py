@@ -12,6 +12,7 @@ from running.point import Classified, Point
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
+from running.trainer_parts import NoProfiler, progress_bar
 from running.wandb_logger import FaultTolerantWandbLogger
 from running.weights import read_weights
 
@@ -23,6 +24,7 @@ __all__ = [
     "ExperimentCLI",
     "FaultTolerantWandbLogger",
     "LoadedRun",
+    "NoProfiler",
     "OperatingPoints",
     "Paper",
     "Point",
@@ -32,5 +34,6 @@ __all__ = [
     "Tracking",
     "load_run",
     "main",
+    "progress_bar",
     "read_weights",
 ]

@@ -11,7 +11,6 @@ from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.callbacks import (
     LearningRateMonitor,
     ProgressBar,
-    RichProgressBar,
     Timer,
 )
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -35,6 +34,7 @@ from running.paper import Paper
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints, result_files, show_points
 from running.tracking import Tracking, show_finished
+from running.trainer_parts import NoProfiler, progress_bar
 from running.weights import read_weights
 
 
@@ -146,6 +146,7 @@ class ExperimentCLI(LightningCLI):
             default_root_dir=str(self.run_folder.path),
             logger=False,  # fit opens them, once it knows that there is something to train
             plugins=plugins,
+            profiler=init.profiler or NoProfiler(),
             callbacks=self.make_callbacks(init),
         )
         check_tasks(trainer)
@@ -160,9 +161,11 @@ class ExperimentCLI(LightningCLI):
         self.checkpoint.timer = Timer(init.max_time)
         has_bar = any(isinstance(each, ProgressBar) for each in given)
         has_rates = any(isinstance(each, LearningRateMonitor) for each in given)
-        progress = [] if has_bar or init.enable_progress_bar is False else [RichProgressBar()]
+        progress = [] if has_bar or init.enable_progress_bar is False else [progress_bar()]
         rates = [] if has_rates or self.subcommand != "fit" else [LearningRateMonitor()]
-        return [*progress, *given, PredictionWriter(), OperatingPoints(), *rates, self.checkpoint]
+        # Every callback takes its time in every step, even one that does nothing there.
+        result = [PredictionWriter() if self.subcommand == "predict" else OperatingPoints()]
+        return [*progress, *given, *result, *rates, self.checkpoint]
 
     @property
     def checkpoint(self) -> RunCheckpoint:

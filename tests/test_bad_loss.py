@@ -109,7 +109,7 @@ def test_checkpoints_of_others_are_refused_as_well(tmp_path: Path) -> None:
 
 def test_a_new_training_forgets_the_bad_loss(tmp_path: Path) -> None:
     module = LitResNet(Linear())
-    module.losses.add(torch.tensor(torch.nan), 3, 0)
+    module.losses.add(torch.tensor(torch.nan), torch.tensor([False]), 3, 0)
     trainer = quiet_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=16))
 
@@ -128,7 +128,7 @@ def test_ranks_agree_about_the_first_bad_loss_and_the_flag(monkeypatch: pytest.M
         monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         watch = LossWatch()
         for step, loss in enumerate(mine, start=7):
-            watch.add(torch.tensor(loss), step, 1)
+            watch.add(torch.tensor(loss), torch.tensor([True]), step, 1)
         return watch.check(trainer, flag)
 
     with pytest.raises(LossNotFinite, match=r"the loss is inf at step 8 \(epoch 1\)"):
