@@ -11,8 +11,8 @@ default and with mode="reduce-overhead" (of ResNet-20: ResNet-110 compiles for m
 torchvision's networks and its stochastic_depth, timm's DropPath, a CUDA graph of the whole network.
 
 All contenders may use TF32, and cuDNN's kernels are those of its heuristics, as in a training with
-machines/gpu.yaml, unless a name says "kernels tried out", as with `trainer.benchmark`. For a
-network with a gate per sample that takes half a minute. All optimizers are torch's SGD.
+machines/gpu.yaml, unless a name says "kernels tried out", as with `trainer.benchmark`. (Trying them
+out takes half a minute for a network with a gate per sample.) All optimizers are torch's SGD.
 """
 
 import argparse

@@ -18,6 +18,9 @@ from benchmarks.timing import sample
 from lightning_modules import survival_probabilities
 from networks import CifarResNet
 
+CONSTANT, GATED, ROWS = "ours, constant", "ours, a gate per block", "ours, a gate per sample"
+EAGER = "eager loop, constant"
+
 
 def with_tried_kernels(network: nn.Module) -> Callable[..., Tensor]:
     """Returns ours, whose kernels cuDNN has tried out, as with `trainer.benchmark`."""
@@ -31,10 +34,6 @@ def with_tried_kernels(network: nn.Module) -> Callable[..., Tensor]:
             torch.backends.cudnn.benchmark = before
 
     return call
-
-
-CONSTANT, GATED, ROWS = "ours, constant", "ours, a gate per block", "ours, a gate per sample"
-EAGER = "eager loop, constant"
 
 
 def depth(report: Report, setting: Setting) -> None:
@@ -103,7 +102,10 @@ def seconds_saved(
     network = copy.deepcopy(base)
     run = captured(network)
     gates = torch.ones(len(probs))
-    loss = lambda: F.cross_entropy(run(images, gates=gates), labels)  # noqa: E731
+
+    def loss() -> Tensor:
+        return F.cross_entropy(run(images, gates=gates), labels)
+
     training_step(network, loss, setting.autocast())()
 
     def seconds(part: Any) -> float:

@@ -20,8 +20,8 @@ class BNRecalibration(Callback):
     over the images, the exits of a width together; see `networks.recalibrate`.
 
     Reads of the module: `net`, `evaluated_points()`, `uncalibrated_points()`, `calibration_runs()`,
-    and `eval_gates` if it has them; of the data module: `train_epoch()` and what Lightning calls
-    around a transfer. Modules that need recalibration look for a callback with `recalibrates`.
+    and `eval_gates` if it has them; of the data module: `train_epoch()` and what Lightning calls of
+    it around a transfer. Modules that need recalibration look for a callback with `recalibrates`.
 
     Args:
         num_images: training images, over all ranks; None: 1,024, which are enough in the paper.
@@ -132,6 +132,7 @@ def training_images(
     data.setup("fit")
     missing = math.inf if num_images is None else math.ceil(num_images / trainer.world_size)
     for number, batch in enumerate(data.train_epoch(trainer.current_epoch), start=1):
+        batch = data.on_before_batch_transfer(batch, 0)
         batch = data.transfer_batch_to_device(batch, device, 0)
         images, _ = data.on_after_batch_transfer(batch, 0)
         yield images[: min(missing, len(images))]

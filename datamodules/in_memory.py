@@ -33,11 +33,15 @@ Pools = tuple[LabelledImages, LabelledImages]
 BLOCK = 2**24
 """Values of images that are made at once, or one batch: 64 MiB of float32, 5,461 CIFAR images."""
 BYTES_TO_MAKE = 10
-"""Of memory for each of these values while they are made: twice as a byte, twice as float32."""
+"""Of memory for each of these values while they are made: chosen and cropped bytes (1 + 1), scale
+and result in float32 (4 + 4)."""
 
-HOOKS = (
-    *("load_train", "on_before_batch_transfer", "transfer_batch_to_device"),
-    *("on_after_batch_transfer", "finish"),
+ON_THE_WAY = (
+    "load_train",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "finish",
 )
 """Methods by which a training batch goes from the data set to the steps."""
 
@@ -201,7 +205,7 @@ class InMemoryDataModule(ImageDataModule):
         bytes, and one batch at a time.
         """
         return train.images.is_cuda and all(
-            getattr(type(self), name) is getattr(InMemoryDataModule, name) for name in HOOKS
+            getattr(type(self), name) is getattr(InMemoryDataModule, name) for name in ON_THE_WAY
         )
 
     def _draw(self, epoch: int) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """What the training batches of an epoch sum up to, without a kernel per batch."""
 
-import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +20,7 @@ class EpochSums:
 
     def reset(self) -> None:
         """Starts another epoch."""
-        self.loss, self.num_right, self.num_images = 0.0, 0, 0
+        self.loss, self.num_right, self.num_images = torch.tensor(0.0), 0, 0
 
     def add(self, losses: Tensor, is_right: Sequence[Tensor]) -> None:
         """Counts batches, in their order.
@@ -31,8 +30,8 @@ class EpochSums:
             is_right: of each batch, whether each answer is right, (N,), on any device.
         """
         sizes = [len(each) for each in is_right]
-        for loss in (losses * torch.tensor(sizes)).tolist():
-            self.loss = ctypes.c_float(self.loss + loss).value
+        for loss in losses * torch.tensor(sizes):
+            self.loss += loss  # one by one: another order would round differently
         self.num_right += int(torch.cat(list(is_right)).sum())
         self.num_images += sum(sizes)
 
@@ -61,6 +60,6 @@ class EpochSums:
 
     def from_checkpoint(self, sums: Mapping[str, Tensor]) -> None:
         """Goes on from what `to_checkpoint` has returned."""
-        self.loss = sums["train_loss.total"].item()
+        self.loss = sums["train_loss.total"].cpu().clone()
         self.num_right = int(sums["train_acc.total"])
         self.num_images = int(sums["train_acc.num_images"])

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from lightning_modules.recipe import Recipe, mix_images, mix_labels
 
 Batch = tuple[Tensor, Tensor]
-OFTEN_SET = {"_current_fx_name", "_mixes", "_smoothes"}
-"""Attributes that steps set; the first is Lightning's, for the hook that runs: 50 times a step."""
 
 
 class LearningModule(pl.LightningModule):
@@ -28,7 +26,9 @@ class LearningModule(pl.LightningModule):
     _mixes = _smoothes = False  # whether a training step has asked for it
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OFTEN_SET:  # among parameters, modules and buffers torch would look for it
+        # Lightning notes the hook that runs, some 50 times a step, and torch would look for that
+        # name among its parameters, modules and buffers.
+        if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -43,7 +43,8 @@ class LearningModule(pl.LightningModule):
         Raises:
             ValueError: there is one image, and nothing to mix it with.
         """
-        self._mixes = True
+        if not self._mixes:
+            self._mixes = True
         if not self.recipe.mixes:
             return batch
         images, labels = batch
@@ -67,7 +68,8 @@ class LearningModule(pl.LightningModule):
             logits: (N, num_classes).
             targets: see `mixed`.
         """
-        self._smoothes = True
+        if not self._smoothes:
+            self._smoothes = True
         return F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

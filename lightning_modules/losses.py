@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 
 class LossWatch:
-    """Keeps the latest losses of a training on their device, until they are checked.
+    """Keeps what the latest batches of a training gave on their device, until it is checked.
 
     To read a loss is to wait for the device. So they are read together: when metrics are logged,
     before a validation, at the end of an epoch, and before every save. A bad loss may reach the

@@ -170,6 +170,9 @@ class CapturedNetwork:
         self.chain, self.state = None, self.watch.look()
         self.num_recordings += 1
         name, before = type(self.network).__name__, reserved(images.device)
+        if any(parameter._backward_hooks for parameter in self.network.parameters()):
+            # The recording would run it, too, and autograd once more on what comes of that.
+            return self.tell(f"{name} is not recorded and runs eagerly: a parameter has a hook")
         begin, reason = time.perf_counter(), ""
         # What a library does on its first use may end a capture: once more.
         for _ in range(2 if images.device.type == "cuda" else 1):
@@ -196,9 +199,6 @@ class CapturedNetwork:
 
     def make_chain(self, images: Tensor, gates: Tensor | None) -> Chain:
         network, compiles = self.network, self.capture == "compiled"
-        if any(parameter._backward_hooks for parameter in network.parameters()):
-            # The recording would run it, too, and autograd once more on what comes of that.
-            raise RuntimeError("a parameter has a hook")
         source = Buffer(images, has_gradient=False)
         source.value.copy_(images)
         # Compiled as a whole, a deep network takes minutes; its blocks are few kinds.

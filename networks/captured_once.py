@@ -3,7 +3,7 @@
 Under autocast every convolution converts its weight, and backward converts the gradient; every BN
 counts its batches. Each of these is a kernel: 328 of the 1,292 in a step of a ResNet-110. So a part
 reads weights that were converted together, leaves their gradients as they are, and leaves counting
-to who runs it. The numbers are those of eager code, whose autocast converts a weight once a step,
+to `Chain`. The numbers are those of eager code, whose autocast converts a weight once a step,
 too.
 """
 
@@ -57,7 +57,7 @@ class StandIns(NamedTuple):
                 place.members[place.name] = tensor
 
 
-NOTHING = StandIns([], {}, {})
+NO_STAND_INS = StandIns([], {}, {})
 
 
 class Once:
@@ -91,10 +91,10 @@ class Once:
 
     def observe(self, run: Callable[[], Sequence[Tensor]]) -> StandIns:
         """Runs a part, which returns its outputs with history, and returns what can stand in."""
-        before = self._count()
+        before = self._counter_values()
         with Uses([*self._weights, *self._counters], self._dtype) as uses:
             outputs = run()
-        raised = [now - then for now, then in zip(self._count(), before, strict=True)]
+        raised = [now - then for now, then in zip(self._counter_values(), before, strict=True)]
         counted = uses.only_by(COUNTING)
         counts = {
             counter: number
@@ -121,7 +121,7 @@ class Once:
         places += [(place, None) for counter in counts for place in self._counters[counter]]
         return StandIns(places, converted, counts)
 
-    def _count(self) -> list[int]:
+    def _counter_values(self) -> list[int]:
         return torch.stack([*self._counters]).tolist() if self._counters else []
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class Once:
             torch._foreach_copy_([*self._converted.values()], [*self._converted])
 
     @staticmethod
-    def count(parts: Iterable[StandIns]) -> None:
+    def raise_counters(parts: Iterable[StandIns]) -> None:
         """Raises the counters of the BN in parts that have run."""
         totals: dict[Tensor, int] = {}
         for part in parts:
@@ -147,8 +147,8 @@ class Uses(TorchFunctionMode):
     """Notes which functions of torch are given some tensors.
 
     Args:
-        tensors: those.
-        dtype: to which autocast converts; a function under another one is not told from others.
+        tensors: to look out for.
+        dtype: to which autocast converts. Under another one a function is not known: it is None.
     """
 
     def __init__(self, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> None:

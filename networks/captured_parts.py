@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from networks.captured import Recorder
-from networks.captured_once import NOTHING, Once
+from networks.captured_once import NO_STAND_INS, Once
 from networks.rows import put_rows, take_rows
 
 MAX_COMPILED = 64
@@ -48,7 +48,7 @@ class Part:
     ):
         self.function, self.source, self.targets = function, source, targets
         self.parameters = [each for each in parameters if each.requires_grad]
-        self.leaves, self.stand_ins = self.parameters, NOTHING
+        self.leaves, self.stand_ins = self.parameters, NO_STAND_INS
         self.compute: Callable = write_outputs
         self.tape: tuple | None = None
         self.replay_forward: Callable[[], object] = self.forward
@@ -150,17 +150,21 @@ def own_copies(
 
     A recorded gradient that became .grad would be added to itself by the next batch.
     """
-    pairs = [pair for pair in zip(recorded, parameters, strict=True) if pair[0] is not None]
-    alike = [gradient for gradient, parameter in pairs if gradient.dtype == parameter.dtype]
-    others = [pair for pair in pairs if pair[0].dtype != pair[1].dtype]
-    wanted = [torch.empty_like(gradient, dtype=each.dtype) for gradient, each in others]
-    if others:
-        torch._foreach_copy_(wanted, [gradient for gradient, _ in others])
-    copies = {True: iter(torch._foreach_mul(alike, 1.0) if alike else ()), False: iter(wanted)}
-    return [
-        None if gradient is None else next(copies[gradient.dtype == parameter.dtype])
-        for gradient, parameter in zip(recorded, parameters, strict=True)
+    pairs = list(zip(recorded, parameters, strict=True))
+    copies = [
+        None if g is None or g.dtype == p.dtype else torch.empty_like(g, dtype=p.dtype)
+        for g, p in pairs
     ]
+    converted = [(copy, g) for copy, (g, _) in zip(copies, pairs, strict=True) if copy is not None]
+    if converted:
+        torch._foreach_copy_(*map(list, zip(*converted, strict=True)))
+    alike = [i for i, (g, p) in enumerate(pairs) if g is not None and g.dtype == p.dtype]
+    if alike:
+        for i, copy in zip(
+            alike, torch._foreach_mul([recorded[i] for i in alike], 1.0), strict=True
+        ):
+            copies[i] = copy
+    return copies
 
 
 class Chain:
@@ -229,7 +233,7 @@ class Chain:
         self.once.convert()
         for part in parts:
             part.replay_forward()
-        self.once.count(part.stand_ins for part in parts)
+        self.once.raise_counters(part.stand_ins for part in parts)
         return [each.value.clone() for each in self.targets]
 
     def backward(

@@ -135,7 +135,7 @@ class ExitStream:
                 f"images are {describe(*kind)} now and were {describe(*self._kind)}: give all "
                 "batches of a stream alike, or start another one"
             )
-        self._look()
+        self._drop_outdated()
         while len(images):
             part, images = images.tensor_split([self._queues[0].num_missing])
             self._keep_window(len(part))
@@ -151,7 +151,7 @@ class ExitStream:
         self._check_is_whole()
         if not self._queues:
             return None
-        self._look()
+        self._drop_outdated()
         self._flush()
         self._take()
         return self._hand_over()
@@ -160,7 +160,7 @@ class ExitStream:
         if self._has_failed:
             raise ValueError("this stream has met logits that are not finite: start another one")
 
-    def _look(self) -> None:
+    def _drop_outdated(self) -> None:
         """Forgets the recordings of a network that is another one now."""
         before, self._answering = self._answering, answering(self.network)
         if self._records and (self._answering is not before or self._watch.has_changed()):
@@ -172,7 +172,7 @@ class ExitStream:
     def _start(self, images: Tensor) -> None:
         device = images.device
         self._kind = kind_of(images)
-        self._recorder = Recorder(device)
+        self._recorder, self._answering = Recorder(device), answering(self.network)
         self._watch = NetworkWatch(modules_of(self._answering))
         # A GPU is to be busy while the host looks at what came of the runs before.
         self._max_runs = MAX_RUNS if device.type == "cuda" else 0

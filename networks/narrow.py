@@ -133,11 +133,11 @@ class Kept(NamedTuple):
 class KeptWidths:
     """The latest narrow networks of a wide one; a copy or a pickle of it holds none.
 
-    A plain network shares the memory of what needs no copy to be dense. Of the rest it has copies,
-    which are out of date once a parameter was replaced, moved or, as its version counter tells,
-    changed, or an attribute in `networks.watch.SCALARS`. Changes through `.data` have no version:
-    `train` and `eval` of the network, which Lightning calls around every evaluation, drop all
-    copies.
+    A plain network shares the memory of what needs no copy to be dense. Of the rest it has copies.
+    They are out of date once a parameter was replaced, moved or changed (its version counter
+    tells), or an attribute in `networks.watch.SCALARS` was set. Changes through `.data` have no
+    version: `train` and `eval` of the network, which Lightning calls around every evaluation, drop
+    all copies.
     """
 
     LIMIT = 16  # as many widths as the papers evaluate

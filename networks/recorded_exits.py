@@ -43,10 +43,13 @@ class EarlyExit:
     It is recorded at the first image, and again for images of another shape or type, for another
     autocast, and when parameters have moved or modules are others. The host looks for such changes
     stage by stage: an image that leaves costs no look behind its exit, and a change there is
-    noticed by the next image that comes so far. Batches of more images go to `early_exit`, and so
-    do all after a warning if the network cannot be recorded: it has hooks, asks the device for a
-    value, or needs more memory than there is. Of a slimmable network at a width the narrow network
-    is recorded that is kept; when weights change, that is another one.
+    noticed by the next image that comes so far. Batches of more images go to `early_exit`. So do
+    all, after a warning, if the network cannot be recorded: it has hooks, asks the device for a
+    value, or needs more memory than there is.
+
+    Of a slimmable network at a width, the narrow network that is kept is recorded (see
+    `KeptWidths`), and again when weights change. To know that it is still the one that is kept
+    takes a look at the whole wide network before every image.
 
     Args:
         network: in evaluation mode. Hooks and parameters are looked for in its modules.
@@ -93,17 +96,17 @@ class EarlyExit:
 
     def _is_ready(self, images: Tensor) -> bool:
         """Tells whether stages are recorded for an image; records them if none are for its kind."""
-        # The network's flag alone: the watches know of those of its parts.
-        is_training = getattr(self.network, "training", False)
         if not self._records:
             return False
+        if getattr(self.network, "training", False):  # the flags of its parts are watched
+            check_evaluation_mode(self.network)  # raises
         network = answering(self.network)
-        is_other = network is not self._answering or self._recorded_for != kind_of(images)
-        if is_training or is_other:
-            check_evaluation_mode(self.network)
-            self._answering, self._records = network, can_be_recorded(network)
-            if self._records:
-                self._record(images)
+        if network is self._answering and self._recorded_for == kind_of(images):
+            return True
+        check_evaluation_mode(self.network)
+        self._answering, self._records = network, can_be_recorded(network)
+        if self._records:
+            self._record(images)
         return self._records
 
     def _replay(self, images: Tensor) -> Answers:
@@ -134,7 +137,8 @@ class EarlyExit:
             self._stages.append(replay)
         modules = modules_of(self._answering)
         first, *others = divide(modules, reads)
-        # Which stage calls a module without tensors, nothing tells; another may be in its place.
+        # Nothing tells which stage calls a module without tensors, so the first looks where it
+        # hangs. To look at the children of all modules would take ten times as long.
         parents = [each for each in modules if not all(map(has_tensors, each.children()))]
         self._watches = [NetworkWatch(first, parents), *map(NetworkWatch, others)]
         self._recorded_for = kind_of(images)
@@ -228,7 +232,7 @@ def divide(modules: Iterable[nn.Module], reads: Sequence[Reads]) -> list[list[nn
 
 
 class NetworkWatch(Watch):
-    """Watches modules of a network with exits that answers, statistics of widths included.
+    """Watches some modules of a network that answers, and the statistics of their widths.
 
     It keeps the memory of their tensors, so that an outdated recording does no harm.
 

@@ -151,7 +151,7 @@ class SlimmableBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int):
         super().__init__()
-        self.eps = 1e-5
+        self.eps = 1e-5  # of the instance, where `networks.watch.Watch` looks for it
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.statistics: dict[str, Tensor] = {}

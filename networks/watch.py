@@ -47,7 +47,7 @@ class Watch:
     here runs in Python where one in C does.
 
     Args:
-        modules: each for itself: what is inside them has to be among them.
+        modules: watched one by one: what is inside of one only if it is among them, too.
         parents: modules that are no part of it, but whose children are not to change either.
         trains: whether what is made of it has gradients, and depends on who requires one.
     """
@@ -76,7 +76,8 @@ class Watch:
     def is_complete(self) -> bool:
         """Tells whether no module was replaced, added or taken away.
 
-        Nor has a module that had no children, parameters or buffers any now.
+        It is not complete, either, once a module that had no children, no parameters or no buffers
+        has some.
         """
         return not any(self._empty) and same(self._members_now(), self._members)
 

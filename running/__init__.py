@@ -6,13 +6,14 @@ from running.cli import ExperimentCLI
 from running.command_line import main
 from running.folder import RunFolder
 from running.history import CSVHistory
+from running.light_trainer import NoProfiler, progress_bar
 from running.loading import LoadedRun, load_run
+from running.memory import keep_freed_memory
 from running.paper import Paper
 from running.point import Classified, Point
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints
 from running.tracking import Tracking
-from running.trainer_parts import NoProfiler, progress_bar
 from running.wandb_logger import FaultTolerantWandbLogger
 from running.weights import read_weights
 
@@ -32,6 +33,7 @@ __all__ = [
     "RunCheckpoint",
     "RunFolder",
     "Tracking",
+    "keep_freed_memory",
     "load_run",
     "main",
     "progress_bar",

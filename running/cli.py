@@ -28,13 +28,13 @@ from running.commands import LOOKING
 from running.error_file import ErrorFile
 from running.folder import RunFolder, check_evaluated, check_trained
 from running.given_callbacks import check_callbacks
+from running.light_trainer import NoProfiler, progress_bar
 from running.machine import Machine, check_tasks, on_first_process
 from running.masking import masked
 from running.paper import Paper
 from running.predictions import PredictionWriter
 from running.result import OperatingPoints, result_files, show_points
 from running.tracking import Tracking, show_finished
-from running.trainer_parts import NoProfiler, progress_bar
 from running.weights import read_weights
 
 

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_modules import ImageClassifier
 from networks import Capture, check_capture
+from running.memory import keep_freed_memory
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Machine:
         resident_data: keep a data set that fits on the GPU, where the images of many training
             batches are then made at once.
         tf32: let a GPU multiply float32 numbers with 10 bits after the point (TensorFloat-32).
+        keep_memory: on a CPU, keep the memory that a step has used for the next one, instead of
+            giving it back to the system.
 
     Raises:
         ValueError: an unknown way to capture.
@@ -35,6 +38,7 @@ class Machine:
     capture: Capture = "none"
     resident_data: bool = True
     tf32: bool = True
+    keep_memory: bool = True
 
     def __post_init__(self) -> None:
         check_capture(self.capture)
@@ -47,6 +51,9 @@ class Machine:
         torch.backends.cudnn.allow_tf32 = self.tf32
         # Deterministic kernels need no memory filled that they are about to write.
         torch.utils.deterministic.fill_uninitialized_memory = False
+        is_cpu = trainer.strategy.root_device.type == "cpu"
+        if is_cpu and self.keep_memory:
+            keep_freed_memory()
         if self.capture != "none" and trainer.strategy.root_device.type != "cuda":
             rank_zero_warn(
                 f"machine.capture is {self.capture}, and there is no GPU to record for: nothing "

@@ -110,8 +110,12 @@ def test_checkpoints_of_others_are_refused_as_well(tmp_path: Path) -> None:
 def test_a_new_training_forgets_the_bad_loss(tmp_path: Path) -> None:
     module = LitResNet(Linear())
     module.losses.add(torch.tensor(torch.nan), torch.tensor([False]), 3, 0)
-    trainer = quiet_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
+    module.losses.sums.num_images = 10**6
+    history = CSVHistory(tmp_path / "metrics.csv")
+    trainer = quiet_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0, logger=history)
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=16))
+    (loss,) = (row["train/loss_epoch"] for row in history.read() if row.get("train/loss_epoch"))
+    assert float(loss) > 1  # of 32 images, not of a million
 
 
 def test_ranks_agree_about_the_first_bad_loss_and_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:

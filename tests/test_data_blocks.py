@@ -13,7 +13,7 @@ from test_datamodules import Numbered, Recorder, elsewhere, ready, received, tra
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from callbacks.bn_recalibration import training_images
-from datamodules.in_memory import HOOKS
+from datamodules.in_memory import ON_THE_WAY
 
 NUM_VALUES = 3 * 6 * 8
 """Of an image."""
@@ -109,7 +109,7 @@ def test_evaluation_and_images_that_are_not_on_a_gpu_stay_bytes(in_blocks, monke
     assert all(batch[0].dtype == torch.uint8 for batch in data.train_dataloader())
 
 
-@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("name", ON_THE_WAY)
 def test_a_method_that_may_change_batches_gets_single_ones_of_bytes(name):
     class Own(Numbered):
         pass
@@ -194,6 +194,20 @@ def test_a_trainer_that_resumes_within_a_block_sees_what_single_batches_hold(tmp
         resumed = Recorder()
         trainer(tmp_path).fit(resumed, datamodule=Numbered(random_erasing=0.5), ckpt_path=path)
         assert resumed.seen == whole.seen[step:]
+
+
+def test_recalibration_gets_what_the_data_module_does_before_a_transfer(monkeypatch):
+    data = ready(epoch=2, **PLAIN)
+    place = SimpleNamespace(datamodule=data, current_epoch=2, world_size=1)
+    (images, *_) = training_images(place, torch.device("cpu"), 7)
+
+    def inverted(batch, dataloader_idx):
+        return [255 - batch[0], *batch[1:]]
+
+    monkeypatch.setattr(data, "on_before_batch_transfer", inverted)
+    (others, *_) = training_images(place, torch.device("cpu"), 7)
+    scale, shift = data.transform.scale, data.transform.shift
+    torch.testing.assert_close(others, 255 * scale + 2 * shift - images)
 
 
 def test_floats_that_lost_their_type_are_refused():

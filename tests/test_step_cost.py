@@ -1,6 +1,7 @@
 """What a step costs beside its network: operations, and calls that do nothing."""
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class CountOneStep(Callback):
             self.operations.__exit__(None, None, None)
 
 
-def operations(module: LightningModule, folder: Path, *callbacks: Callback) -> KernelCount:
+def operations(module: LightningModule, folder: Path, *callbacks: Callback) -> Counter:
     count = CountOneStep()
     trainer = quiet_trainer(
         folder,
@@ -85,15 +86,15 @@ def test_sums_are_those_of_a_device_bit_for_bit() -> None:
     total = torch.tensor(0.0)
     for loss, size in zip(losses, sizes, strict=True):
         total += loss * size
-    for checks in ([400], [1] * 400, [150, 0, 7, 243]):
+    for checks in ([400], [1] * 400, [150, 7, 243]):
         sums, begin = EpochSums(), 0
-        for count in filter(None, checks):
+        for count in checks:
             part = slice(begin, begin + count)
             sums.add(losses[part], is_right[part])
             sums, before = EpochSums(), sums
             sums.from_checkpoint(before.to_checkpoint())
             begin += count
-        assert sums.loss == total.item()
+        assert torch.equal(sums.loss, total)
         assert sums.num_right == sum(int(each.sum()) for each in is_right)
         assert sums.num_images == sum(sizes)
         means = sums.means(torch.device("cpu"))
@@ -110,12 +111,20 @@ def test_answers_are_right_where_the_label_has_the_first_largest_logit() -> None
     assert answers_right(logits, torch.tensor([1, 1, 2])).tolist() == [True, False, True]
 
 
-def test_lightning_names_hooks_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_names_hooks_without_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = LitResNet(Linear())
-    with monkeypatch.context() as patch:
-        patch.setattr(pl.LightningModule, "__setattr__", None)
-        module._current_fx_name = "training_step"
-    assert module._current_fx_name == "training_step"
+    searched = Counter()
+
+    def searching(self: LightningModule, name: str, value: Any) -> None:
+        searched[name] += 1
+        nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(pl.LightningModule, "__setattr__", searching)
+    operations(module, tmp_path)
+    assert searched  # of the fit, not of its steps, which are five
+    assert max(searched.values()) < 5, searched
     module.other = nn.Linear(1, 1)
     assert "other.weight" in module.state_dict()
 
@@ -140,7 +149,7 @@ def test_trainer_of_a_run_takes_its_time_for_nothing_else(tmp_path: Path) -> Non
     assert isinstance(trainer.profiler, NoProfiler)
     assert trainer.profiler.profile("this") is trainer.profiler.profile("that")
     (bar,) = (each for each in trainer.callbacks if isinstance(each, RichProgressBar))
-    assert bar.refresh_rate == 10
+    assert bar.refresh_rate < RichProgressBar().refresh_rate
     names = {type(each).__name__ for each in trainer.callbacks}
     assert "OperatingPoints" in names
     assert "PredictionWriter" not in names
