@@ -142,7 +142,7 @@ class CIFARInTurn(RandomCIFAR10):
         self.setting = setting
         self.same: Batch | None = None
 
-    def makes_blocks(self, train: LabelledImages) -> bool:
+    def makes_chunks(self, train: LabelledImages) -> bool:
         return train.images.is_cuda  # as without the method below, which changes no batch
 
     def train_dataloader(self) -> Turns:

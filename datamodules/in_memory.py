@@ -1,9 +1,9 @@
 """Data sets that fit into memory as bytes: a batch is an `index_select`.
 
 They lie on the GPU, if there is one and it has room. Then the order of an epoch travels once, and
-training images are made a block at a time: the images of many batches are chosen, cropped, flipped,
+training images are made a chunk at a time: the images of many batches are chosen, cropped, flipped,
 normalised and erased at once, and a batch is a slice of them. Launches and Python, for which a
-small network has no time, are thereby paid per block.
+small network has no time, are thereby paid per chunk.
 """
 
 import math
@@ -30,7 +30,7 @@ class LabelledImages(NamedTuple):
 
 Pools = tuple[LabelledImages, LabelledImages]
 
-BLOCK = 2**24
+CHUNK = 2**24
 """Values of images that are made at once, or one batch: 64 MiB of float32, 5,461 CIFAR images."""
 BYTES_TO_MAKE = 10
 """Of memory for each of these values while they are made: chosen and cropped bytes (1 + 1), scale
@@ -49,14 +49,14 @@ ON_THE_WAY = (
 def has_room(pools: Pools, device: torch.device) -> bool:
     """Returns whether pools may lie on a device: a GPU with enough free memory.
 
-    That is four times as much as they and a block in the making take. The rest is for the network,
+    That is four times as much as they and a chunk in the making take. The rest is for the network,
     whose needs are not known yet.
     """
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    block = BYTES_TO_MAKE * min(BLOCK, pools[0].images.numel())
-    return 4 * (sum(values.nbytes for pool in pools for values in pool) + block) <= free
+    chunk = BYTES_TO_MAKE * min(CHUNK, pools[0].images.numel())
+    return 4 * (sum(values.nbytes for pool in pools for values in pool) + chunk) <= free
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
@@ -80,8 +80,8 @@ class InMemoryDataModule(ImageDataModule):
     Attributes:
         horizontal_flip: whether half of the training images are flipped; an argument only where
             mirrored images keep their labels.
-        resident: whether all images may lie on the GPU, where training batches are finished by the
-            block. It changes no number, so it is the machine's matter and no argument.
+        resident: whether all images may lie on the GPU, where training batches are made in
+            chunks. It changes no number, so it is the machine's matter and no argument.
     """
 
     horizontal_flip = False
@@ -194,12 +194,12 @@ class InMemoryDataModule(ImageDataModule):
     def load_train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
         train, _ = self._pools()
         numbers = self._draw(epoch)
-        if self.makes_blocks(train):
+        if self.makes_chunks(train):
             return self._take_finished(train, batches, *numbers)
         return self._take(train, self._train_indices, batches, *numbers)
 
-    def makes_blocks(self, train: LabelledImages) -> bool:
-        """Returns whether training batches are slices of blocks: of images that lie on a GPU.
+    def makes_chunks(self, train: LabelledImages) -> bool:
+        """Returns whether training batches are slices of chunks: of images that lie on a GPU.
 
         They are not where a subclass has a method of its own that may change batches: it expects
         bytes, and one batch at a time.
@@ -273,17 +273,17 @@ class InMemoryDataModule(ImageDataModule):
     ) -> Iterator[Batch]:
         """Yields finished training batches, see `ImageDataModule`; for its arguments see `_take`.
 
-        A block is given up before the next one is made, unless somebody still has a batch of it.
+        A chunk is given up before the next one is made, unless somebody still has a batch of it.
         """
-        step = max(1, BLOCK // (self.batch_size * math.prod(self.image_shape)))
+        step = max(1, CHUNK // (self.batch_size * math.prod(self.image_shape)))
         groups = [batches[first : first + step] for first in range(0, len(batches), step)]
         rows = [torch.cat(tuple(group)) for group in groups]
-        blocks = self._take(pool, self._train_indices, rows, *numbers)
+        chunks = self._take(pool, self._train_indices, rows, *numbers)
         for group in groups:
-            yield from self._finish_and_split(next(blocks), [len(batch) for batch in group])
+            yield from self._finish_and_split(next(chunks), [len(batch) for batch in group])
 
-    def _finish_and_split(self, block: Batch, sizes: list[int]) -> Iterator[Batch]:
-        parts = (values.split(sizes) for values in self.finish(block))
+    def _finish_and_split(self, chunk: Batch, sizes: list[int]) -> Iterator[Batch]:
+        parts = (values.split(sizes) for values in self.finish(chunk))
         # For autograd, slices are parts of one tensor, and a step that multiplies its images by a
         # weight in place would have to do with all of them; detached ones are tensors of their own.
         return map(Finished, *(map(Tensor.detach, part) for part in parts))

@@ -164,3 +164,9 @@ def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager]:
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the type that the present autocast converts to; None: there is none."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None

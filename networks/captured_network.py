@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from networks.captured import Capture, Recorder, autocast_as_now, check_capture
+from networks.captured import (
+    Capture,
+    Recorder,
+    autocast_as_now,
+    autocast_dtype,
+    check_capture,
+)
 from networks.captured_once import Once
 from networks.captured_parts import Buffer, Chain, Part, Replay, RowPart
 from networks.residual_blocks import Gate
@@ -155,8 +161,8 @@ class CapturedNetwork:
 
     def kind_of(self, images: Tensor, gates: Tensor | None) -> tuple:
         device = images.device
-        precision = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        return images.shape[1:], images.dtype, device, precision, gates is None or gates.dim()
+        autocast = autocast_dtype(device.type)
+        return images.shape[1:], images.dtype, device, autocast, gates is None or gates.dim()
 
     def tell(self, message: str) -> None:
         if message not in self.said:
@@ -282,12 +288,6 @@ def size_of(images: Tensor, gates: Tensor | None) -> tuple:
     if gates is None or gates.dim() == 1:
         return (len(images),)
     return len(images), *(gates != 0).sum(1).tolist(), *gates.amax(1).tolist()
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Returns the type that the present autocast converts to; None: there is none."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def reserved(device: torch.device) -> float:

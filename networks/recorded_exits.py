@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks.captured import Capture, Recorder, autocast_as_now, check_capture
+from networks.captured import (
+    Capture,
+    Recorder,
+    autocast_as_now,
+    autocast_dtype,
+    check_capture,
+)
 from networks.early_exit import (
     Answers,
     Criterion,
@@ -163,8 +169,7 @@ def answering(network: HasExits) -> HasExits:
 
 def kind_of(images: Tensor) -> object:
     """Returns what a recording depends on."""
-    kind = images.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    autocast = autocast_dtype(images.device.type)
     return images.shape[1:], images.dtype, images.device, autocast
 
 

@@ -307,11 +307,11 @@ def test_another_process_gets_no_memory_of_a_device(monkeypatch):
     assert torch.equal(again._train.images, data._train.images)
 
 
-@pytest.mark.parametrize("block", [100, 2**24])
-def test_images_and_a_block_may_fill_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch, block):
-    monkeypatch.setattr("datamodules.in_memory.BLOCK", block)
+@pytest.mark.parametrize("chunk", [100, 2**24])
+def test_images_and_a_chunk_may_fill_a_quarter_of_the_free_memory_of_a_gpu(monkeypatch, chunk):
+    monkeypatch.setattr("datamodules.in_memory.CHUNK", chunk)
     pools = Numbered().read(False)
-    needed = 71 * (3 * 6 * 8 + 8) + 10 * min(block, NUM_IMAGES * 3 * 6 * 8)
+    needed = 71 * (3 * 6 * 8 + 8) + 10 * min(chunk, NUM_IMAGES * 3 * 6 * 8)
     for free, room in ((4 * needed, True), (4 * needed - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert has_room(pools, torch.device("cuda")) == room

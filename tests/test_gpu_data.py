@@ -75,9 +75,9 @@ def test_no_batch_of_a_small_data_set_makes_the_host_wait(resident):
     assert all(values.device == DEVICE for batch in train + val for values in batch)
 
 
-@pytest.mark.parametrize("block", [1, 5 * 32 * 32 * 32, 2**24])  # of one batch, of five, of all
-def test_batches_are_the_same_wherever_the_images_lie(monkeypatch, block):
-    monkeypatch.setattr("datamodules.in_memory.BLOCK", block)
+@pytest.mark.parametrize("chunk", [1, 5 * 32 * 32 * 32, 2**24])  # of one batch, of five, of all
+def test_batches_are_the_same_wherever_the_images_lie(monkeypatch, chunk):
+    monkeypatch.setattr("datamodules.in_memory.CHUNK", chunk)
     here, there = digits(False), digits(True)
     here.random_erasing = there.random_erasing = 0.5
     for split in ("train", "val", "test"):

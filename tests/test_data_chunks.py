@@ -1,6 +1,6 @@
-"""Training batches that are slices of blocks, as where a data set lies on a GPU.
+"""Training batches that are slices of chunks, as where a data set lies on a GPU.
 
-Here they lie on the CPU, and `makes_blocks` is told to say that they are made.
+Here they lie on the CPU, and `makes_chunks` is told to say that they are made.
 """
 
 from types import SimpleNamespace
@@ -23,12 +23,12 @@ PLAIN = {"crop_padding": 0, "horizontal_flip": False}
 
 
 @pytest.fixture
-def in_blocks(monkeypatch):
-    """Makes training images by the block from now on, of so many values."""
+def in_chunks(monkeypatch):
+    """Makes training images by the chunk from now on, of so many values."""
 
     def start(size: int = 3 * BATCH) -> None:
-        monkeypatch.setattr("datamodules.in_memory.BLOCK", size)
-        monkeypatch.setattr(Numbered, "makes_blocks", lambda data, train: True)
+        monkeypatch.setattr("datamodules.in_memory.CHUNK", size)
+        monkeypatch.setattr(Numbered, "makes_chunks", lambda data, train: True)
 
     return start
 
@@ -46,11 +46,11 @@ def assert_same(batches, others):
 @pytest.mark.parametrize(
     "changes", [{}, {"random_erasing": 0.5}, PLAIN, PLAIN | {"random_erasing": 0.5}]
 )
-def test_blocks_have_the_bits_of_single_batches(in_blocks, changes, first_batch, size):
+def test_chunks_have_the_bits_of_single_batches(in_chunks, changes, first_batch, size):
     data = ready(**changes)
     expected = received(data, data.train_epoch(3, first_batch))
     assert [len(labels) for _, labels in expected] == [7, 7, 7, 7, 7, 7, 5][first_batch:]
-    in_blocks(size)
+    in_chunks(size)
     batches = list(data.train_epoch(3, first_batch))
     assert_same(batches, expected)
     assert all(images.dtype == torch.float32 for images, _ in batches)
@@ -58,16 +58,16 @@ def test_blocks_have_the_bits_of_single_batches(in_blocks, changes, first_batch,
         assert same is batch
 
 
-def test_blocks_have_the_bits_of_single_batches_in_the_way_of_a_gpu(in_blocks, monkeypatch):
+def test_chunks_have_the_bits_of_single_batches_in_the_way_of_a_gpu(in_chunks, monkeypatch):
     data = ready(random_erasing=0.5)
     expected = received(data, data.train_epoch(3))
     monkeypatch.setattr(data.transform, "blend_in_few_bytes", data.transform.blend_in_few_kernels)
-    in_blocks()
+    in_chunks()
     batches = list(data.train_epoch(3))
     assert_same(batches, expected)
-    blocks = {images.untyped_storage().data_ptr(): images for images, _ in batches}.values()
-    # A block takes the memory of its images, and of nothing else.
-    assert [len(images.untyped_storage()) for images in blocks] == [
+    chunks = {images.untyped_storage().data_ptr(): images for images, _ in batches}.values()
+    # A chunk takes the memory of its images, and of nothing else.
+    assert [len(images.untyped_storage()) for images in chunks] == [
         4 * 21 * NUM_VALUES,
         4 * 21 * NUM_VALUES,
         4 * 5 * NUM_VALUES,
@@ -75,17 +75,17 @@ def test_blocks_have_the_bits_of_single_batches_in_the_way_of_a_gpu(in_blocks, m
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_have_blocks_of_their_own(in_blocks, drop_last):
+def test_ranks_have_chunks_of_their_own(in_chunks, drop_last):
     ranks = [ready(rank, 2, epoch=3, drop_last=drop_last) for rank in range(2)]
     expected = [received(data, data.train_dataloader()) for data in ranks]
-    in_blocks()
+    in_chunks()
     for data, batches in zip(ranks, expected, strict=True):
         assert len(batches) == (3 if drop_last else 4)
         assert_same(data.train_dataloader(), batches)
 
 
-def test_a_batch_within_a_block_computes_nothing(in_blocks):
-    in_blocks()
+def test_a_batch_within_a_chunk_computes_nothing(in_chunks):
+    in_chunks()
     data = ready(random_erasing=0.5)
     loader = iter(data.train_dataloader())
     counts = []
@@ -99,13 +99,13 @@ def test_a_batch_within_a_block_computes_nothing(in_blocks):
     assert counts[1:3] == counts[4:6] == [0, 0]
 
 
-def test_evaluation_and_images_that_are_not_on_a_gpu_stay_bytes(in_blocks, monkeypatch):
-    in_blocks()
+def test_evaluation_and_images_that_are_not_on_a_gpu_stay_bytes(in_chunks, monkeypatch):
+    in_chunks()
     data = ready()
     for loader in (data.val_dataloader(), data.test_dataloader()):
         assert all(images.dtype == torch.uint8 for images, _ in loader)
     monkeypatch.undo()
-    assert not data.makes_blocks(data._pools()[0])
+    assert not data.makes_chunks(data._pools()[0])
     assert all(batch[0].dtype == torch.uint8 for batch in data.train_dataloader())
 
 
@@ -115,14 +115,14 @@ def test_a_method_that_may_change_batches_gets_single_ones_of_bytes(name):
         pass
 
     on_gpu = SimpleNamespace(images=SimpleNamespace(is_cuda=True))
-    assert Own().makes_blocks(on_gpu)
+    assert Own().makes_chunks(on_gpu)
     setattr(Own, name, lambda self, batch, *others: getattr(Numbered, name)(self, batch, *others))
-    assert not Own().makes_blocks(on_gpu)
+    assert not Own().makes_chunks(on_gpu)
 
 
-def test_blocks_are_made_where_the_images_lie_and_read_nothing_back(in_blocks, monkeypatch):
+def test_chunks_are_made_where_the_images_lie_and_read_nothing_back(in_chunks, monkeypatch):
     """That device has no memory: reading a value back from it raises."""
-    in_blocks()
+    in_chunks()
     data = elsewhere(monkeypatch)
     batches = list(data.train_dataloader())
     assert len(batches) == 7
@@ -130,19 +130,19 @@ def test_blocks_are_made_where_the_images_lie_and_read_nothing_back(in_blocks, m
     assert data.transform.shift.device.type == "meta"
 
 
-def test_a_block_is_given_up_before_the_next_is_made(in_blocks, monkeypatch):
-    in_blocks()
+def test_a_chunk_is_given_up_before_the_next_is_made(in_chunks, monkeypatch):
+    in_chunks()
     data = ready(random_erasing=0.5)
     given, made = [], []
     finish, transform = data.finish, data.transform.forward
 
     def watched_transform(images, views):
-        assert all(block.expired() for block in given + made)
+        assert all(chunk.expired() for chunk in given + made)
         given.append(StorageWeakRef(images.untyped_storage()))
         return transform(images, views)
 
-    def watched_finish(block):
-        images, labels = finish(block)
+    def watched_finish(chunk):
+        images, labels = finish(chunk)
         made.append(StorageWeakRef(images.untyped_storage()))
         return images, labels
 
@@ -151,18 +151,18 @@ def test_a_block_is_given_up_before_the_next_is_made(in_blocks, monkeypatch):
     batches = data.train_epoch(0)
     for _ in range(7):
         images, _ = next(batches)
-        assert [block.expired() for block in made].count(False) == 1
-        assert all(block.expired() for block in given)  # bytes
+        assert [chunk.expired() for chunk in made].count(False) == 1
+        assert all(chunk.expired() for chunk in given)  # bytes
         del images
     assert len(made) == 3
     assert not list(batches)
     assert made[-1].expired()
 
 
-def test_a_step_that_changes_its_images_changes_no_others(in_blocks):
+def test_a_step_that_changes_its_images_changes_no_others(in_chunks):
     data = ready()
     expected = received(data, data.train_epoch(0))
-    in_blocks()
+    in_chunks()
     weight = torch.ones((), requires_grad=True)
     for batch, (images, _) in zip(data.train_epoch(0), expected, strict=True):
         assert_same([batch[:1]], [(images,)])
@@ -172,23 +172,23 @@ def test_a_step_that_changes_its_images_changes_no_others(in_blocks):
 
 
 @pytest.mark.parametrize("num_images", [3, 20, 1000])
-def test_recalibration_gets_the_images_of_single_batches(in_blocks, num_images):
+def test_recalibration_gets_the_images_of_single_batches(in_chunks, num_images):
     data = ready(epoch=2)
     place = SimpleNamespace(datamodule=data, current_epoch=2, world_size=1)
     expected = list(training_images(place, torch.device("cpu"), num_images))
-    in_blocks()
+    in_chunks()
     images = list(training_images(place, torch.device("cpu"), num_images))
     assert_same([images], [expected])
     assert sum(map(len, images)) == min(num_images, 47)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_that_resumes_within_a_block_sees_what_single_batches_hold(tmp_path, in_blocks):
+def test_a_trainer_that_resumes_within_a_chunk_sees_what_single_batches_hold(tmp_path, in_chunks):
     whole = Recorder()
     keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
     trainer(tmp_path, [keep]).fit(whole, datamodule=Numbered(random_erasing=0.5))
     assert len(whole.seen) == 21
-    in_blocks()
+    in_chunks()
     for step in (1, 4, 6, 7, 15):
         path = tmp_path / "kept" / f"step={step}.ckpt"
         resumed = Recorder()
