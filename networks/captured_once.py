@@ -90,7 +90,11 @@ class Once:
         self._counters = {c: p for c, p in self._counters.items() if times[c.data_ptr()] == 1}
 
     def observe(self, run: Callable[[], Sequence[Tensor]]) -> StandIns:
-        """Runs a part, which returns its outputs with history, and returns what can stand in."""
+        """Returns what can stand in while a part runs.
+
+        Args:
+            run: runs the part, and returns its outputs with history. It is called twice.
+        """
         before = self._counter_values()
         with Uses([*self._weights, *self._counters], self._dtype) as uses:
             outputs = run()

@@ -55,7 +55,7 @@ class Part:
         self.replay_backward: Callable[[], Sequence[Tensor | None]] = self.backward
 
     def leave_to(self, once: Once) -> None:
-        """Lets be done once a step what can be; runs forward to find it."""
+        """Leaves to `once` what can be done once a step; runs forward to find out what."""
 
         def run() -> list[Tensor]:
             self.forward()
@@ -160,9 +160,8 @@ def own_copies(
         torch._foreach_copy_(*map(list, zip(*converted, strict=True)))
     alike = [i for i, (g, p) in enumerate(pairs) if g is not None and g.dtype == p.dtype]
     if alike:
-        for i, copy in zip(
-            alike, torch._foreach_mul([recorded[i] for i in alike], 1.0), strict=True
-        ):
+        copied = torch._foreach_mul([recorded[i] for i in alike], 1.0)
+        for i, copy in zip(alike, copied, strict=True):
             copies[i] = copy
     return copies
 

@@ -162,7 +162,7 @@ class EarlyExit:
 
 
 def answering(network: HasExits) -> HasExits:
-    """Returns the network that answers: of one at a width, that of this width which is kept."""
+    """Returns the network that answers: for a view of a width the narrow network that is kept."""
     kept = network.kept() if isinstance(network, AtWidth) else None
     return network if kept is None else kept
 

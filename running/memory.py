@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep what it frees, for the next step; no number changes.
 
     Returns:
-        Whether it does: not where another library than glibc allocates, or the environment says
+        Whether it does. It does not where there is no glibc, or where the environment already says
         what glibc shall do.
     """
     if any(name in os.environ for name in (*SETTINGS, "GLIBC_TUNABLES")):
